@@ -6,7 +6,6 @@ touches no optimizer: blocks, engine and reference do that, the same way for eve
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastlocal.blocks.types import LocalLoss, Site, StepContext
-from fastlocal.errors import ArgumentError
+from fastlocal.errors import ArgumentError, did_you_mean
 
 __all__ = ["LocalLoss", "Method", "Site", "StepContext", "get_method", "list_methods", "register"]
 
@@ -45,7 +44,9 @@ class Method:
         known = [f.name for f in fields(self.Options)]
         for key in options:
             if key not in known:
-                raise ArgumentError(f"{key}: not an option of method {self.name!r}{did_you_mean(key, known)}; {self._option_list()}")
+                raise ArgumentError(
+                    f"{key}: not an option of method {self.name!r}. {did_you_mean(key, known)} {self._option_list()}"
+                )
         self.mode = mode
         self.options = self.Options(**options)
         self.validate()
@@ -75,7 +76,7 @@ class Method:
 
     def _option_list(self) -> str:
         known = [f"{f.name}={_default(f)!r}" for f in fields(self.Options)]
-        return f"its options are {', '.join(known)}" if known else "it has no options"
+        return f"Its options: {', '.join(known)}." if known else "It has no options."
 
     def __repr__(self) -> str:
         options = ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.Options))
@@ -89,7 +90,9 @@ def register(cls: type[Method]) -> type[Method]:
     """Class decorator: makes a method known by its name. Raises ArgumentError if another class has that name."""
     other = _REGISTRY.get(cls.name)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ArgumentError(f"name: method {cls.name!r} is registered already by {other.__module__}.{other.__qualname__}; choose another")
+        raise ArgumentError(
+            f"name: method {cls.name!r} is registered already by {other.__module__}.{other.__qualname__}; choose another"
+        )
     _REGISTRY[cls.name] = cls
     return cls
 
@@ -97,7 +100,9 @@ def register(cls: type[Method]) -> type[Method]:
 def get_method(name: str) -> type[Method]:
     """The class registered under ``name``. Raises ArgumentError naming near and valid names."""
     if name not in _REGISTRY:
-        raise ArgumentError(f"method: no method {name!r}{did_you_mean(name, _REGISTRY)}; valid are {', '.join(sorted(_REGISTRY))}")
+        raise ArgumentError(
+            f"method: no method {name!r}. {did_you_mean(name, sorted(_REGISTRY))} Valid: {', '.join(sorted(_REGISTRY))}."
+        )
     return _REGISTRY[name]
 
 
@@ -116,27 +121,24 @@ def list_methods() -> list[dict[str, Any]]:
     ]
 
 
-def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` or nothing."""
-    near = difflib.get_close_matches(str(word), list(known), n=2)
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-
-
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises ArgumentError unless ``value`` is one of ``choices``."""
     choices = list(choices)
     if value not in choices:
-        near = did_you_mean(value, [c for c in choices if isinstance(c, str)])
-        raise ArgumentError(f"{name}: got {value!r}{near}; valid are {', '.join(map(repr, choices))}")
+        raise ArgumentError(f"{name}: got {value!r}. Valid: {', '.join(map(repr, choices))}.")
 
 
-def check_number(name: str, value: Any, *, low: float | None = None, high: float | None = None, integer: bool = False) -> None:
+def check_number(
+    name: str, value: Any, *, low: float | None = None, high: float | None = None, integer: bool = False
+) -> None:
     """Raises ArgumentError unless ``value`` is a number (an int where asked) from ``low`` to ``high``."""
     kind = int if integer else (int, float)
     good = isinstance(value, kind) and not isinstance(value, bool)  # type: ignore[arg-type]
     if good and (low is None or value >= low) and (high is None or value <= high):
         return
-    span = " ".join(text for text in (f"from {low}" if low is not None else "", f"up to {high}" if high is not None else "") if text)
+    span = " ".join(
+        text for text in (f"from {low}" if low is not None else "", f"up to {high}" if high is not None else "") if text
+    )
     raise ArgumentError(f"{name}: got {value!r}; give {'an integer' if integer else 'a number'} {span}".rstrip())
 
 

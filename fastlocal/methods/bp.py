@@ -13,7 +13,9 @@ class BP(Method):
 
     name: ClassVar[str] = "bp"
     summary: ClassVar[str] = "end-to-end back-propagation, one block"
-    paper: ClassVar[str] = "Rumelhart, Hinton, Williams: Learning representations by back-propagating errors, Nature 1986"
+    paper: ClassVar[str] = (
+        "Rumelhart, Hinton, Williams: Learning representations by back-propagating errors, Nature 1986"
+    )
     repository: ClassVar[str] = ""
     isolated = False
 

@@ -1,0 +1,307 @@
+"""Auxiliary heads: small networks from a block's boundary activation to its local loss.
+
+A head is a module with ``forward(h, ctx) -> LocalLoss``. Everything method-specific (which head, which widths, which weights) is
+decided in ``fastlocal.methods``; the networks here know shapes only. ReLUs that follow a norm or a linear layer are in place:
+neither needs its output for its backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlocal.blocks import losses
+from fastlocal.blocks.types import LocalLoss, StepContext
+
+
+class ClassifierHead(nn.Module):
+    """The task loss of class scores that ``net`` computes from the boundary activation; one term, ``"task"``."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        logits = self.net(h)
+        return LocalLoss.of(("task", ctx.criterion(logits, ctx.target), 1.0), logits=logits)
+
+
+class AvgPool(nn.Module):
+    """Mean over the positions of [B, C, H, W] (or the tokens of [B, T, D]), as [B, C] (or [B, D])."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = (2, 3) if x.dim() == 4 else (1,)
+        if x.dtype == torch.float16:
+            return x.mean(positions)  # the sum could overflow
+        # Dividing the small tensor keeps the gradient a stride-0 view of it; mean() would divide the expanded one.
+        return x.sum(positions) / math.prod(x.shape[d] for d in positions)
+
+
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, bias: bool = False
+) -> list[nn.Module]:
+    """Convolution with "same" padding, BatchNorm2d, ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
+    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
+def init_convs(module: nn.Module) -> nn.Module:
+    """Redraws every convolution weight from N(0, sqrt(2 / (k * k * out_channels))), as ResNets do, and returns the module."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return module
+
+
+def mlp(sizes: Sequence[int], norm: type[nn.Module], *, bias: bool = True) -> list[nn.Module]:
+    """Linear, norm, ReLU for every size but the last; then a Linear (with bias) to the last."""
+    layers: list[nn.Module] = []
+    for width_in, width_out in zip(sizes[:-2], sizes[1:-1]):
+        layers += [nn.Linear(width_in, width_out, bias=bias), norm(width_out), nn.ReLU(inplace=True)]
+    return [*layers, nn.Linear(sizes[-2], sizes[-1])]
+
+
+def dgl_net(
+    shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    convs: int = 3,
+    kernel_size: int = 1,
+    hidden: int = 3,
+    bias: bool = True,
+) -> nn.Sequential:
+    """The heads of the DGL repository: [B, C, H, W] -> [B, num_classes].
+
+    Pool to a quarter of the size (not before 3x3 convolutions), ``convs`` times conv + BN + ReLU of the same width, pool to 2x2,
+    flatten to 4C, ``hidden`` times Linear + BN + ReLU of the same width, Linear. The default is its "mlp-sr"; ``convs=0`` its
+    "mlp"; ``convs=2, kernel_size=3, hidden=0`` its "cnn", which has a BatchNorm2d in place of the hidden layers;
+    ``hidden=2, bias=False`` the variant of the AugLocal repository.
+    """
+    channels, height, width = shape
+    layers: list[nn.Module] = []
+    size = (math.ceil(height / 4), math.ceil(width / 4))
+    if kernel_size == 1:
+        layers.append(nn.AdaptiveAvgPool2d(size))
+    for _ in range(convs):
+        layers += conv_bn_relu(channels, channels, kernel_size)
+    if kernel_size != 1:
+        size = (height, width)
+    # A map that is smaller than 2x2 already is not blown up, except where the DGL repository does so.
+    last = (2, 2) if bias else (min(size[0], 2), min(size[1], 2))
+    if size != last:
+        layers.append(nn.AdaptiveAvgPool2d(last))
+    if hidden == 0:
+        layers.append(nn.BatchNorm2d(channels))
+    features = channels * last[0] * last[1]
+    layers += [nn.Flatten(), *mlp([features] * (hidden + 1) + [num_classes], nn.BatchNorm1d, bias=bias)]
+    return nn.Sequential(*layers)
+
+
+def man_plus_plus_net(shape: tuple[int, ...], num_classes: int, width: int = 128, hidden: int = 512) -> nn.Sequential:
+    """The DGL-type head of the MAN++ repository: pool to 8x8, 3 x [1x1 conv -> 128, BN, ReLU], mean, 3 x [FC 512, BN, ReLU], FC."""
+    layers: list[nn.Module] = [] if shape[1:] == (8, 8) else [nn.AdaptiveAvgPool2d(8)]
+    for channels in (shape[0], width, width):
+        layers += conv_bn_relu(channels, width, 1)
+    return nn.Sequential(*layers, AvgPool(), *mlp([width, hidden, hidden, hidden, num_classes], nn.BatchNorm1d))
+
+
+def token_mlp(shape: tuple[int, ...], num_classes: int, *, dense: bool, hidden: int = 3) -> nn.Sequential:
+    """The token form of an MLP head, ours: ``hidden`` x [Linear, LayerNorm, ReLU] of the same width, Linear.
+
+    [B, D] -> [B, num_classes]; [B, T, D] is averaged over tokens first, or with ``dense`` gives [B, T, num_classes].
+    """
+    pool = [AvgPool()] if len(shape) == 2 and not dense else []
+    return nn.Sequential(*pool, *mlp([shape[-1]] * (hidden + 1) + [num_classes], nn.LayerNorm))
+
+
+class PredSimHead(nn.Module):
+    """Prediction and similarity-matching losses of one layer (Nøkland and Eidnes, arXiv 1901.06656).
+
+    Terms: ``"pred"``, the task loss of a linear readout of the pooled and flattened activation, times ``1 - beta``; ``"sim"``,
+    the similarity-matching loss of a 3x3 convolution (of a Linear for [B, D] and [B, T, D]), times ``beta``. ``losses`` keeps
+    one of the two at weight 1, or both.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        losses: str = "predsim",
+        beta: float = 0.99,
+        dim_in_decoder: int = 4096,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.weights = {"predsim": (1 - beta, beta), "pred": (1.0, 0.0), "sim": (0.0, 1.0)}[losses]
+        width = shape[0] if len(shape) == 3 else shape[-1]
+        self.pred: nn.Sequential | None = None
+        self.sim: nn.Module | None = None
+        if losses != "sim":
+            pool, features = _decoder_pool(shape, dim_in_decoder)
+            self.pred = nn.Sequential(*pool, nn.Linear(features, num_classes))
+        if losses != "pred":
+            image = len(shape) == 3
+            self.sim = (
+                nn.Conv2d(width, width, 3, padding=1, bias=False) if image else nn.Linear(width, width, bias=False)
+            )
+
+    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        terms, logits = [], None
+        if self.pred is not None:
+            logits = self.pred(h)
+            terms.append(("pred", ctx.criterion(logits, ctx.target), self.weights[0]))
+        if self.sim is not None:
+            features = self.sim(h)
+            dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+            matched = ctx.once(
+                ("target_similarity", self.num_classes, dtype),
+                lambda: losses.target_similarity(ctx.target, self.num_classes, dtype),
+            )
+            sim = losses.similarity_matching_loss(features, ctx.target, self.num_classes, matched)
+            terms.append(("sim", sim, self.weights[1]))
+        return LocalLoss.of(*terms, logits=logits)
+
+
+def _decoder_pool(shape: tuple[int, ...], limit: int) -> tuple[list[nn.Module], int]:
+    """Layers that pool and flatten an activation to at most ``limit`` numbers where they can, and how many that gives.
+
+    Window sizes are powers of two, the height's never smaller than the width's; a map that they do not divide is padded.
+    """
+    if len(shape) < 3:
+        return ([AvgPool()] if len(shape) == 2 else []), shape[-1]
+    channels, height, width = shape
+    window = [1, 1]
+    out = [height, width]
+    while channels * out[0] * out[1] > limit and window[0] < height:
+        for axis, size in enumerate((height, width)):
+            if channels * out[0] * out[1] > limit:
+                window[axis] *= 2
+                out[axis] = math.ceil(size / window[axis])
+    layers: list[nn.Module] = [nn.Flatten()]
+    if window != [1, 1]:
+        padding = [k * (o - size // k) // 2 for k, o, size in zip(window, out, (height, width))]
+        layers.insert(0, nn.AvgPool2d(tuple(window), padding=tuple(padding)))
+    return layers, channels * out[0] * out[1]
+
+
+class InfoProHead(nn.Module):
+    """Reconstruction of the image and a classification or contrastive loss (InfoPro, Wang et al., ICLR 2021).
+
+    Args:
+        decoder: boundary activation -> image logits [B, C, H, W] (before the sigmoid), or None to leave the term out.
+        classifier: boundary activation -> class scores, or the features of the contrastive loss; None to leave it out.
+        contrast: whether the second loss is the supervised contrastive one.
+        weights: (lambda1, lambda2) of the two terms ``"reconstruction"`` and ``"task"`` or ``"contrast"``.
+        mean, std: per channel, what the input images were normalised with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        decoder: nn.Module | None,
+        classifier: nn.Module | None,
+        *,
+        contrast: bool,
+        weights: tuple[float, float],
+        mean: Sequence[float],
+        std: Sequence[float],
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        self.decoder, self.classifier = decoder, classifier
+        self.contrast, self.weights, self.temperature = contrast, weights, temperature
+        self.normalisation = (tuple(mean), tuple(std))
+        for name, values in (("mean", mean), ("std", std)):
+            # float64, so that a float64 run restores the image exactly; not saved, it is an option.
+            buffer = torch.tensor(tuple(values), dtype=torch.float64).view(-1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        terms, logits = [], None
+        if self.decoder is not None:
+            image = ctx.once(
+                ("image", *self.normalisation), lambda: losses.restore_image(ctx.input, self.mean, self.std)
+            )
+            terms.append(("reconstruction", losses.reconstruction_loss(self.decoder(h), image), self.weights[0]))
+        if self.classifier is not None:
+            scores = self.classifier(h)
+            if self.contrast:
+                terms.append(("contrast", self._contrast(scores, ctx), self.weights[1]))
+            else:
+                logits = scores
+                terms.append(("task", ctx.criterion(scores, ctx.target), self.weights[1]))
+        return LocalLoss.of(*terms, logits=logits)
+
+    def _contrast(self, features: Tensor, ctx: StepContext) -> Tensor:
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        positives = ctx.once(("positives", dtype), lambda: losses.positive_weights(ctx.target, dtype))
+        return losses.supervised_contrastive_loss(features, ctx.target, self.temperature, positives)
+
+
+class Upsample(nn.Module):
+    """Bilinear resize with aligned corners to a fixed size; the input itself where it has that size already."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) == self.size:
+            return x
+        return F.interpolate(x, size=self.size, mode="bilinear", align_corners=True)
+
+
+def decoder_net(in_channels: int, image: tuple[int, int, int], *, convs: int = 2, width: int = 12) -> nn.Sequential:
+    """InfoPro's decoder: upsample to the image, ``convs - 1`` x [3x3 conv -> width, BN, ReLU], 3x3 conv -> image channels.
+
+    [B, in_channels, h, w] -> logits [B, C, H, W]. All convolutions have a bias.
+    """
+    layers: list[nn.Module] = [Upsample(image[1:])]
+    for channels in [in_channels] + [width] * (convs - 2):
+        layers += conv_bn_relu(channels, width, 3, bias=True)
+    return nn.Sequential(*layers, nn.Conv2d(width, image[0], 3, padding=1))
+
+
+def decoder_net_imagenet(in_channels: int, image: tuple[int, int, int]) -> nn.Sequential:
+    """InfoPro's decoder for ImageNet: 1x1 conv -> 128, then three times upsample (to 1/4, 1/2, 1) and 3x3 conv -> 32, 12, image."""
+    channels, height, width = image
+    layers = conv_bn_relu(in_channels, 128, 1, bias=True)
+    for part, (width_in, width_out) in ((4, (128, 32)), (2, (32, 12))):
+        layers += [Upsample((height // part, width // part)), *conv_bn_relu(width_in, width_out, 3, bias=True)]
+    return nn.Sequential(*layers, Upsample((height, width)), nn.Conv2d(12, channels, 3, padding=1))
+
+
+def classifier_net(
+    in_channels: int, conv_widths: Sequence[int], stride: int, linear_widths: Sequence[int]
+) -> nn.Sequential:
+    """InfoPro's second head: 3x3 conv + BN + ReLU per width (the first with ``stride``), mean, Linear layers with ReLU between.
+
+    [B, in_channels, h, w] -> [B, linear_widths[-1]].
+    """
+    layers: list[nn.Module] = []
+    for i, width in enumerate(conv_widths):
+        layers += conv_bn_relu(in_channels, width, 3, stride if i == 0 else 1)
+        in_channels = width
+    layers.append(AvgPool())
+    for i, width in enumerate(linear_widths):
+        layers += [*([nn.ReLU(inplace=True)] if i else []), nn.Linear(in_channels, width)]
+        in_channels = width
+    return nn.Sequential(*layers)
+
+
+def classifier_net_imagenet(in_channels: int, num_classes: int) -> nn.Sequential:
+    """InfoPro's second head for ImageNet: 1x1 -> 128, 3x3/2 -> 256, 3x3/2 -> 512, 1x1 -> 2048 (conv, BN, ReLU), mean, Linear."""
+    layers = [
+        *conv_bn_relu(in_channels, 128, 1),
+        *conv_bn_relu(128, 256, 3, 2),
+        *conv_bn_relu(256, 512, 3, 2),
+        *conv_bn_relu(512, 2048, 1),
+    ]
+    return nn.Sequential(*layers, AvgPool(), nn.Linear(2048, num_classes))
