@@ -1,12 +1,13 @@
 """Auxiliary heads: small networks from a block's boundary activation to its local loss.
 
-A head is a module with ``forward(h, ctx) -> LocalLoss``. Everything method-specific (which head, which widths, which weights) is
-decided in ``fastlocal.methods``; the networks here know shapes only. ReLUs that follow a norm or a linear layer are in place:
-neither needs its output for its backward.
+A head is a module with ``forward(h, ctx) -> LocalLoss``. Everything method-specific (which head, which widths, which
+weights) is decided in ``fastlocal.methods``; the networks here know shapes only. ReLUs that follow a norm or a linear
+layer are in place: neither needs its output for its backward.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def conv_bn_relu(
 
 
 def init_convs(module: nn.Module) -> nn.Module:
-    """Redraws every convolution weight from N(0, sqrt(2 / (k * k * out_channels))), as ResNets do, and returns the module."""
+    """Redraws convolution weights from N(0, sqrt(2 / (k * k * out_channels))), as in ResNets; returns the module."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -60,7 +61,7 @@ def init_convs(module: nn.Module) -> nn.Module:
 def mlp(sizes: Sequence[int], norm: type[nn.Module], *, bias: bool = True) -> list[nn.Module]:
     """Linear, norm, ReLU for every size but the last; then a Linear (with bias) to the last."""
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(sizes[:-2], sizes[1:-1]):
+    for width_in, width_out in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(width_in, width_out, bias=bias), norm(width_out), nn.ReLU(inplace=True)]
     return [*layers, nn.Linear(sizes[-2], sizes[-1])]
 
@@ -76,10 +77,10 @@ def dgl_net(
 ) -> nn.Sequential:
     """The heads of the DGL repository: [B, C, H, W] -> [B, num_classes].
 
-    Pool to a quarter of the size (not before 3x3 convolutions), ``convs`` times conv + BN + ReLU of the same width, pool to 2x2,
-    flatten to 4C, ``hidden`` times Linear + BN + ReLU of the same width, Linear. The default is its "mlp-sr"; ``convs=0`` its
-    "mlp"; ``convs=2, kernel_size=3, hidden=0`` its "cnn", which has a BatchNorm2d in place of the hidden layers;
-    ``hidden=2, bias=False`` the variant of the AugLocal repository.
+    Pool to a quarter of the size (not before 3x3 convolutions), ``convs`` times conv + BN + ReLU of the same width,
+    pool to 2x2, flatten to 4C, ``hidden`` times Linear + BN + ReLU of the same width, Linear. The default is its
+    "mlp-sr"; ``convs=0`` its "mlp"; ``convs=2, kernel_size=3, hidden=0`` its "cnn", which has a BatchNorm2d in place of
+    the hidden layers; ``hidden=2, bias=False`` the variant of the AugLocal repository.
     """
     channels, height, width = shape
     layers: list[nn.Module] = []
@@ -90,7 +91,7 @@ def dgl_net(
         layers += conv_bn_relu(channels, channels, kernel_size)
     if kernel_size != 1:
         size = (height, width)
-    # A map that is smaller than 2x2 already is not blown up, except where the DGL repository does so.
+    # The DGL repository blows a map of 1x1 up to 2x2, AugLocal's variant leaves it.
     last = (2, 2) if bias else (min(size[0], 2), min(size[1], 2))
     if size != last:
         layers.append(nn.AdaptiveAvgPool2d(last))
@@ -102,7 +103,11 @@ def dgl_net(
 
 
 def man_plus_plus_net(shape: tuple[int, ...], num_classes: int, width: int = 128, hidden: int = 512) -> nn.Sequential:
-    """The DGL-type head of the MAN++ repository: pool to 8x8, 3 x [1x1 conv -> 128, BN, ReLU], mean, 3 x [FC 512, BN, ReLU], FC."""
+    """The DGL-type head of the MAN++ repository: [B, C, H, W] -> [B, num_classes].
+
+    Pool to 8x8, three times 1x1 conv -> ``width`` + BN + ReLU, mean, three times Linear -> ``hidden`` + BN + ReLU,
+    Linear.
+    """
     layers: list[nn.Module] = [] if shape[1:] == (8, 8) else [nn.AdaptiveAvgPool2d(8)]
     for channels in (shape[0], width, width):
         layers += conv_bn_relu(channels, width, 1)
@@ -121,9 +126,9 @@ def token_mlp(shape: tuple[int, ...], num_classes: int, *, dense: bool, hidden: 
 class PredSimHead(nn.Module):
     """Prediction and similarity-matching losses of one layer (Nøkland and Eidnes, arXiv 1901.06656).
 
-    Terms: ``"pred"``, the task loss of a linear readout of the pooled and flattened activation, times ``1 - beta``; ``"sim"``,
-    the similarity-matching loss of a 3x3 convolution (of a Linear for [B, D] and [B, T, D]), times ``beta``. ``losses`` keeps
-    one of the two at weight 1, or both.
+    Terms: ``"pred"``, the task loss of a linear readout of the pooled and flattened activation, times ``1 - beta``;
+    ``"sim"``, the similarity-matching loss of a 3x3 convolution (of a Linear for [B, D] and [B, T, D]), times ``beta``.
+    ``losses`` keeps one of the two at weight 1, or both.
     """
 
     def __init__(
@@ -170,7 +175,8 @@ class PredSimHead(nn.Module):
 def _decoder_pool(shape: tuple[int, ...], limit: int) -> tuple[list[nn.Module], int]:
     """Layers that pool and flatten an activation to at most ``limit`` numbers where they can, and how many that gives.
 
-    Window sizes are powers of two, the height's never smaller than the width's; a map that they do not divide is padded.
+    Window sizes are powers of two, the height's never smaller than the width's; a map that they do not divide is
+    padded.
     """
     if len(shape) < 3:
         return ([AvgPool()] if len(shape) == 2 else []), shape[-1]
@@ -184,8 +190,8 @@ def _decoder_pool(shape: tuple[int, ...], limit: int) -> tuple[list[nn.Module], 
                 out[axis] = math.ceil(size / window[axis])
     layers: list[nn.Module] = [nn.Flatten()]
     if window != [1, 1]:
-        padding = [k * (o - size // k) // 2 for k, o, size in zip(window, out, (height, width))]
-        layers.insert(0, nn.AvgPool2d(tuple(window), padding=tuple(padding)))
+        pad_h, pad_w = (k * (o - size // k) // 2 for k, o, size in zip(window, out, (height, width)))
+        layers.insert(0, nn.AvgPool2d((window[0], window[1]), padding=(pad_h, pad_w)))
     return layers, channels * out[0] * out[1]
 
 
@@ -226,9 +232,7 @@ class InfoProHead(nn.Module):
     def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
         terms, logits = [], None
         if self.decoder is not None:
-            image = ctx.once(
-                ("image", *self.normalisation), lambda: losses.restore_image(ctx.input, self.mean, self.std)
-            )
+            image = ctx.once(("image", *self.normalisation), lambda: self._image(ctx))
             terms.append(("reconstruction", losses.reconstruction_loss(self.decoder(h), image), self.weights[0]))
         if self.classifier is not None:
             scores = self.classifier(h)
@@ -238,6 +242,10 @@ class InfoProHead(nn.Module):
                 logits = scores
                 terms.append(("task", ctx.criterion(scores, ctx.target), self.weights[1]))
         return LocalLoss.of(*terms, logits=logits)
+
+    def _image(self, ctx: StepContext) -> Tensor:
+        assert ctx.input is not None
+        return losses.restore_image(ctx.input, self.mean, self.std)
 
     def _contrast(self, features: Tensor, ctx: StepContext) -> Tensor:
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -259,9 +267,10 @@ class Upsample(nn.Module):
 
 
 def decoder_net(in_channels: int, image: tuple[int, int, int], *, convs: int = 2, width: int = 12) -> nn.Sequential:
-    """InfoPro's decoder: upsample to the image, ``convs - 1`` x [3x3 conv -> width, BN, ReLU], 3x3 conv -> image channels.
+    """InfoPro's decoder: [B, in_channels, h, w] -> image logits [B, C, H, W].
 
-    [B, in_channels, h, w] -> logits [B, C, H, W]. All convolutions have a bias.
+    Upsample to the image, ``convs - 1`` times 3x3 conv -> ``width`` + BN + ReLU, 3x3 conv to the image's channels. All
+    convolutions have a bias.
     """
     layers: list[nn.Module] = [Upsample(image[1:])]
     for channels in [in_channels] + [width] * (convs - 2):
@@ -270,7 +279,10 @@ def decoder_net(in_channels: int, image: tuple[int, int, int], *, convs: int = 2
 
 
 def decoder_net_imagenet(in_channels: int, image: tuple[int, int, int]) -> nn.Sequential:
-    """InfoPro's decoder for ImageNet: 1x1 conv -> 128, then three times upsample (to 1/4, 1/2, 1) and 3x3 conv -> 32, 12, image."""
+    """InfoPro's decoder for ImageNet: [B, in_channels, h, w] -> image logits [B, C, H, W].
+
+    1x1 conv -> 128; three times upsample (to 1/4, 1/2, 1 of the image) and 3x3 conv (-> 32, 12, the image's channels).
+    """
     channels, height, width = image
     layers = conv_bn_relu(in_channels, 128, 1, bias=True)
     for part, (width_in, width_out) in ((4, (128, 32)), (2, (32, 12))):
@@ -281,9 +293,9 @@ def decoder_net_imagenet(in_channels: int, image: tuple[int, int, int]) -> nn.Se
 def classifier_net(
     in_channels: int, conv_widths: Sequence[int], stride: int, linear_widths: Sequence[int]
 ) -> nn.Sequential:
-    """InfoPro's second head: 3x3 conv + BN + ReLU per width (the first with ``stride``), mean, Linear layers with ReLU between.
+    """InfoPro's second head: [B, in_channels, h, w] -> [B, linear_widths[-1]].
 
-    [B, in_channels, h, w] -> [B, linear_widths[-1]].
+    3x3 conv + BN + ReLU per width (the first with ``stride``), mean, Linear layers with ReLU in between.
     """
     layers: list[nn.Module] = []
     for i, width in enumerate(conv_widths):
@@ -297,7 +309,10 @@ def classifier_net(
 
 
 def classifier_net_imagenet(in_channels: int, num_classes: int) -> nn.Sequential:
-    """InfoPro's second head for ImageNet: 1x1 -> 128, 3x3/2 -> 256, 3x3/2 -> 512, 1x1 -> 2048 (conv, BN, ReLU), mean, Linear."""
+    """InfoPro's second head for ImageNet: [B, in_channels, h, w] -> [B, num_classes].
+
+    1x1 -> 128, 3x3 / 2 -> 256, 3x3 / 2 -> 512, 1x1 -> 2048 (each conv + BN + ReLU), mean, Linear.
+    """
     layers = [
         *conv_bn_relu(in_channels, 128, 1),
         *conv_bn_relu(128, 256, 3, 2),

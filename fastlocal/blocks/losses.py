@@ -1,8 +1,8 @@
 """Losses of blocks and heads, in plain PyTorch.
 
-Each computes in float32 at least (float64 stays), whatever dtype the network runs in and whether or not autocast is on, and
-returns a 0-dim mean over the batch. Pieces that depend on labels or on the image only are functions of their own, so a training
-step computes them once and shares them between its blocks.
+Each computes in float32 at least (float64 stays), whatever dtype the network runs in and whether or not autocast is on,
+and returns a 0-dim mean over the batch. Pieces that depend on labels or on the image only are functions of their own,
+so a training step computes them once and shares them between its blocks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def cross_entropy(
 
     Args:
         logits: [B, V]; [B, T, V] with one target per token; [B, V, H, W, ...] with one target per pixel, as in torch.
-        target: class indices (int64) of ``logits``' shape without its class dimension, where ``ignore_index`` is left out of the
-            mean; or class probabilities (floating point) of ``logits``' shape.
+        target: class indices (int64) of ``logits``' shape without its class dimension, where ``ignore_index`` is left
+            out of the mean; or class probabilities (floating point) of ``logits``' shape.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
 
     Raises:
@@ -51,8 +51,9 @@ def cross_entropy(
         logits, target = logits.flatten(0, 1), target.flatten()
     elif target.shape != logits.shape[:1] + logits.shape[2:]:
         raise ArgumentError(
-            f"target: class indices of shape {list(target.shape)} do not fit logits of shape {list(logits.shape)}; give one "
-            "index per sample, per token ([B, T] for [B, T, V]) or per pixel, or probabilities of the logits' shape"
+            f"target: class indices of shape {list(target.shape)} do not fit logits of shape {list(logits.shape)}; "
+            "give one index per sample, per token ([B, T] for [B, T, V]) or per pixel, or probabilities of the "
+            "logits' shape"
         )
     return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
@@ -70,7 +71,8 @@ class CausalLMLoss:
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
         if logits.dim() != 3 or target.shape != logits.shape[:-1]:
             raise ArgumentError(
-                f"target: the causal loss takes logits [B, T, V] and token ids [B, T], got {list(logits.shape)} and {list(target.shape)}"
+                f"target: the causal loss takes logits [B, T, V] and token ids [B, T], got {list(logits.shape)} and "
+                f"{list(target.shape)}"
             )
         # The target is shifted, not the logits: they are the big tensor, and a slice of them would be copied.
         shifted = F.pad(target[:, 1:], (0, 1), value=self.ignore_index)
@@ -110,8 +112,8 @@ def supervised_contrastive_loss(
 ) -> Tensor:
     """Supervised contrastive loss with one view per sample (Khosla et al., arXiv 2004.11362, the form "L_out").
 
-    Features are L2-normalised; positives of an anchor are the other samples of its class; an anchor without positives counts
-    as 0 but stays in the mean. InfoPro uses it with temperature 0.07.
+    Features are L2-normalised; positives of an anchor are the other samples of its class; an anchor without positives
+    counts as 0 but stays in the mean. InfoPro uses it with temperature 0.07.
 
     Args:
         features: [B, D].
@@ -132,10 +134,11 @@ def supervised_contrastive_loss(
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
-    """Centred cosine similarity of every two samples of a batch, [B, B], clamped to [-1, 1] (Nøkland and Eidnes, arXiv 1901.06656).
+    """Centred cosine similarity of every two samples, [B, B] in [-1, 1] (Nøkland and Eidnes, arXiv 1901.06656).
 
-    A feature map [B, C, H, W] with C > 3 and H > 1 is first reduced to the standard deviation of each channel over its positions;
-    tokens [B, T, D] likewise, as D channels with T positions, where D > 3 and T > 1. Everything else is flattened to [B, N].
+    A feature map [B, C, H, W] with C > 3 and H > 1 is first reduced to the standard deviation of each channel over its
+    positions; tokens [B, T, D] likewise, as D channels with T positions, where D > 3 and T > 1. Everything else is
+    flattened to [B, N].
     """
     if x.dim() == 4 and x.shape[1] > 3 and x.shape[2] > 1:
         x = x.flatten(2).std(dim=2)
@@ -149,7 +152,7 @@ def similarity_matrix(x: Tensor) -> Tensor:
 
 
 def target_similarity(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``similarity_matrix`` of the one-hot targets (or of the probabilities as they are), [B, B]. Depends on the labels only."""
+    """``similarity_matrix`` of the one-hot targets (or of probabilities as they are), [B, B]: labels only."""
     if not target.is_floating_point():
         target = F.one_hot(target, num_classes)
     return similarity_matrix(target.to(dtype))
@@ -158,7 +161,7 @@ def target_similarity(target: Tensor, num_classes: int, dtype: torch.dtype = tor
 def similarity_matching_loss(
     features: Tensor, target: Tensor, num_classes: int, matched: Tensor | None = None
 ) -> Tensor:
-    """Mean squared difference between ``similarity_matrix(features)`` and that of the targets ("sim" loss of the same paper).
+    """Mean squared difference between ``similarity_matrix(features)`` and that of the targets ("sim", same paper).
 
     Args:
         features: [B, C, H, W], [B, T, D] or [B, D].
@@ -172,7 +175,7 @@ def similarity_matching_loss(
 
 
 def restore_image(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Undoes the normalisation of an image batch: ``x * std + mean``, clamped to [0, 1] against rounding. Carries no gradient.
+    """Undoes the normalisation of images: ``x * std + mean``, clamped to [0, 1] against rounding; no gradient.
 
     Args:
         x: [B, C, H, W].
@@ -185,7 +188,8 @@ def restore_image(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def reconstruction_loss(logits: Tensor, image: Tensor) -> Tensor:
     """Mean binary cross-entropy between ``sigmoid(logits)`` and an image in [0, 1], both [B, C, H, W].
 
-    The logarithms are clamped at -100, as ``torch.nn.BCELoss`` does, so the gradient vanishes where the sigmoid saturates.
+    The logarithms are clamped at -100, as ``torch.nn.BCELoss`` does, so the gradient vanishes where the sigmoid
+    saturates.
     """
     with _no_autocast(logits):
         return F.binary_cross_entropy(torch.sigmoid(full_precision(logits)), image)

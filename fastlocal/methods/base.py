@@ -1,7 +1,7 @@
 """What a method is: a recipe that says where to cut, which auxiliary head each block gets, and what its local loss is.
 
-A method file subclasses :class:`Method`, gives a dataclass of options, and builds heads. It holds no loop over blocks and
-touches no optimizer: blocks, engine and reference do that, the same way for every method.
+A method file subclasses :class:`Method`, gives a dataclass of options, and builds heads. It holds no loop over blocks
+and touches no optimizer: blocks, engine and reference do that, the same way for every method.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NoOptions:
 
 
 class Method:
-    """Base of all methods; one instance per ``fl.localize`` call, holding plain attributes only (it is pickled and deep-copied).
+    """Base of all methods. One instance per ``fl.localize`` call; plain attributes only (it is pickled and deep-copied).
 
     ``mode="paper"`` follows the paper, ``mode="official"`` also reproduces what the official code does otherwise.
     Raises ArgumentError for an unknown mode or option, or a value out of range.
@@ -55,18 +55,18 @@ class Method:
         """Checks ``self.options``; override and raise ArgumentError."""
 
     def prepare(self, blocks: int, units: int) -> int:
-        """How many blocks to cut when the user asks for ``blocks`` of a net of ``units`` units. Raises ArgumentError."""
+        """How many blocks to cut when the user asks for ``blocks`` of ``units`` units. Raises ArgumentError."""
         return blocks
 
     def cuts(self, blocks: int, unit_names: list[str], net: nn.Module) -> list[int] | None:
-        """Indices of the units after which to cut into ``blocks`` (what ``prepare`` returned), or None: balance by measured cost."""
+        """Units after which to cut into ``blocks`` (what ``prepare`` returned), or None: balance by measured cost."""
         return None
 
     def resolve(self, sites: list[Site]) -> None:
         """Called once with the sites of all heads, before the first ``head``; for schedules over the block index."""
 
     def head(self, site: Site) -> nn.Module:
-        """A new auxiliary head for block ``site.index``; ``forward(h, ctx) -> LocalLoss``. Raises ArgumentError where it cannot be."""
+        """A new auxiliary head for block ``site.index``, with ``forward(h, ctx) -> LocalLoss``. Raises ArgumentError."""
         raise ArgumentError(f"method: {self.name!r} has no auxiliary heads, so it takes blocks=1, not {site.blocks}")
 
     @property
@@ -91,7 +91,8 @@ def register(cls: type[Method]) -> type[Method]:
     other = _REGISTRY.get(cls.name)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ArgumentError(
-            f"name: method {cls.name!r} is registered already by {other.__module__}.{other.__qualname__}; choose another"
+            f"name: method {cls.name!r} is registered already by {other.__module__}.{other.__qualname__}; choose "
+            "another"
         )
     _REGISTRY[cls.name] = cls
     return cls
@@ -101,7 +102,8 @@ def get_method(name: str) -> type[Method]:
     """The class registered under ``name``. Raises ArgumentError naming near and valid names."""
     if name not in _REGISTRY:
         raise ArgumentError(
-            f"method: no method {name!r}. {did_you_mean(name, sorted(_REGISTRY))} Valid: {', '.join(sorted(_REGISTRY))}."
+            f"method: no method {name!r}. {did_you_mean(name, sorted(_REGISTRY))} Valid: "
+            f"{', '.join(sorted(_REGISTRY))}."
         )
     return _REGISTRY[name]
 

@@ -1,0 +1,19 @@
+"""The training methods, one short file each; importing this package registers them."""
+
+from fastlocal.methods import auglocal, bp, dgl, infopro, predsim
+from fastlocal.methods.base import LocalLoss, Method, Site, StepContext, get_method, list_methods, register
+
+__all__ = [
+    "LocalLoss",
+    "Method",
+    "Site",
+    "StepContext",
+    "auglocal",
+    "bp",
+    "dgl",
+    "get_method",
+    "infopro",
+    "list_methods",
+    "predsim",
+    "register",
+]
