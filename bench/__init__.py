@@ -1,0 +1,1 @@
+"""Benchmarks: cases, rivals, runs and their results."""

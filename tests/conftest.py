@@ -1,0 +1,43 @@
+"""What every test starts from: one thread, a fixed seed, torch's global settings restored; and the `gpu` marker."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Several workers share few cores, and sums split over threads need not be equal bit for bit.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    count = {}
+    for outcome in ("passed", "failed", "skipped"):
+        reports = terminalreporter.stats.get(outcome, [])
+        count[outcome] = sum("gpu" in getattr(report, "keywords", {}) for report in reports)
+    terminalreporter.write_line(
+        f"tests that need a GPU: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _global_settings() -> Iterator[None]:
+    dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

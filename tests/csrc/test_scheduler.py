@@ -1,0 +1,291 @@
+"""The native scheduler against its definition, written out here, and against brute force on small plans."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fastlocal.engine._native import Schedule, schedule
+from fastlocal.errors import ArgumentError
+
+Edges = list[tuple[int, int]]
+
+
+def random_plan(rng: random.Random, size: int, density: float) -> tuple[list[float], Edges, list[int], list[int]]:
+    """A random acyclic plan in which every buffer is freed by its maker or by something that comes after it."""
+    edges = [(u, v) for v in range(size) for u in range(v) if rng.random() < density]
+    after = [{i} for i in range(size)]
+    for u, v in sorted(edges, reverse=True):
+        after[u] |= after[v]
+    made, freed = [rng.randint(0, 9) for _ in range(size)], [0] * size
+    for i in range(size):
+        freed[rng.choice(sorted(after[i]))] += made[i]
+    names = rng.sample(range(size), size)  # so that the order of indices is not already topological
+
+    def rename(values: list[int]) -> list[int]:
+        return [value for _, value in sorted(zip(names, values, strict=True))]
+
+    cost = [float(rng.choice([0, 0, 1, 2, 3, 0.5, 0.1])) for _ in range(size)]
+    edges = [(names[u], names[v]) for u, v in edges]
+    return cost, rng.sample(edges, len(edges)), rename(made), rename(freed)
+
+
+def check(
+    plan: Schedule, cost: list[float], edges: Edges, made: list[int], freed: list[int], streams: int, budget: int | None
+) -> None:
+    size = len(cost)
+    assert sorted(plan.order) == list(range(size)) and len(plan.stream) == len(plan.start) == size
+    end = [plan.start[i] + cost[i] for i in range(size)]
+    place = {task: at for at, task in enumerate(plan.order)}
+    for u, v in edges:
+        assert place[u] < place[v] and end[u] <= plan.start[v]
+    assert all(plan.start[a] <= plan.start[b] for a, b in itertools.pairwise(plan.order))
+    assert set(plan.stream) <= set(range(streams))
+    for s in set(plan.stream):
+        mine = [i for i in plan.order if plan.stream[i] == s]
+        assert all(end[a] <= plan.start[b] for a, b in itertools.pairwise(mine))
+    assert plan.makespan == max(end, default=0.0)
+    # Memory, as documented: at each dispatch, all that was made so far less what the tasks that have ended freed.
+    peak = 0
+    for at, task in enumerate(plan.order):
+        alive = sum(made[i] for i in plan.order[: at + 1])
+        alive -= sum(freed[i] for i in plan.order[:at] if end[i] <= plan.start[task])
+        peak = max(peak, alive)
+    assert plan.peak_bytes == peak
+    if budget is not None:
+        assert peak <= budget
+
+
+def least_peak(edges: Edges, made: list[int], freed: list[int]) -> int:
+    """The lowest peak of any sequential order, over all sets of tasks done so far."""
+    size = len(made)
+    needs = [0] * size
+    for u, v in edges:
+        needs[v] |= 1 << u
+    best = {0: 0}
+    for done in range(1 << size):
+        if done not in best:
+            continue
+        alive = sum(made[i] - freed[i] for i in range(size) if done >> i & 1)
+        for i in range(size):
+            if not done >> i & 1 and not needs[i] & ~done:
+                then = done | 1 << i
+                best[then] = min(best.get(then, math.inf), max(best[done], alive + made[i]))
+    return best[(1 << size) - 1]
+
+
+def longest_path(cost: list[float], edges: Edges) -> float:
+    ahead = list(cost)
+    for _ in cost:  # relax as often as a path can be long
+        for u, v in edges:
+            ahead[u] = max(ahead[u], cost[u] + ahead[v])
+    return max(ahead)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 5])
+def test_random_plans_are_legal_and_within_grahams_bound(streams: int) -> None:
+    rng = random.Random(streams)
+    for _ in range(150):
+        cost, edges, made, freed = random_plan(rng, rng.randint(1, 14), rng.choice([0.1, 0.3, 0.6]))
+        plan = schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=streams)
+        check(plan, cost, edges, made, freed, streams, None)
+        path = longest_path(cost, edges)
+        assert plan.makespan >= max(path, sum(cost) / streams) - 1e-9
+        assert plan.makespan <= sum(cost) / streams + (1 - 1 / streams) * path + 1e-9
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_budget_is_kept_and_refusals_are_honest(streams: int) -> None:
+    rng = random.Random(10 + streams)
+    met_exactly = tight = 0
+    for _ in range(150):
+        cost, edges, made, freed = random_plan(rng, rng.randint(2, 10), rng.choice([0.15, 0.3, 0.6]))
+        least = least_peak(edges, made, freed)
+        free = schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=streams)
+        for budget in {least - 1, least, least + 3, free.peak_bytes}:
+            if budget < 0:
+                continue
+            try:
+                plan = schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=streams, memory_budget=budget)
+            except ArgumentError as error:
+                needs, short = map(int, re.findall(r"needs is (\d+).*give (\d+) bytes more", str(error))[0])
+                assert needs >= least and short == needs - budget > 0
+                # What the message asks for must do.
+                plan = schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=streams, memory_budget=needs)
+                check(plan, cost, edges, made, freed, streams, needs)
+                tight += budget == least
+            else:
+                assert budget >= least
+                check(plan, cost, edges, made, freed, streams, budget)
+                met_exactly += budget == least
+    assert met_exactly >= 9 * tight  # the least of all orders is NP-hard to find, but it is found nearly always
+
+
+def test_budget_costs_little_speed_when_it_is_ample() -> None:
+    # 40 steps of 10 blocks: forward, head, backward, update; block k of step t+1 may run beside block k+1 of step t.
+    cost, made, freed, edges, forward, update = [], [], [], [], {}, {}
+    for step, block in itertools.product(range(40), range(10)):
+        at = len(cost)
+        cost += [3.0, 1.0, 6.0, 1.0]
+        made += [110, 5, 3, 0]
+        freed += [0, 0, 108 + (10 if block else 0) + (10 if block == 9 else 0), 0]
+        edges += [(at, at + 1), (at + 1, at + 2), (at + 2, at + 3)]
+        if block:
+            edges.append((forward[step, block - 1], at))
+        if step:
+            edges.append((update[step - 1, block], at))
+        forward[step, block], update[step, block] = at, at + 3
+    arguments = {"bytes_made": made, "bytes_freed": freed, "streams": 4}
+    free = schedule(cost, edges, **arguments)
+    half = schedule(cost, edges, **arguments, memory_budget=free.peak_bytes // 2)
+    check(half, cost, edges, made, freed, 4, free.peak_bytes // 2)
+    assert free.makespan <= 1.05 * sum(cost) / 4
+    assert half.makespan <= 1.1 * free.makespan
+
+
+def test_critical_path_first_and_ties_by_index() -> None:
+    # 3 -> 4 is the longest path although 0, 1 and 2 come before it.
+    plan = schedule([1, 1, 1, 1, 5], [(3, 4)], streams=1)
+    assert plan.order == [3, 4, 0, 1, 2]
+    assert plan.start == [6.0, 7.0, 8.0, 0.0, 1.0]
+    assert schedule([1, 1, 1, 1], [], streams=2).order == [0, 1, 2, 3]
+    assert schedule([1, 1, 1, 1], [], streams=2).stream == [0, 1, 0, 1]
+
+
+def test_a_task_follows_the_stream_that_released_it() -> None:
+    # Two chains of different length: each stays where it began, without a wait between streams.
+    plan = schedule([3, 3, 3, 1, 1, 1], [(0, 1), (1, 2), (3, 4), (4, 5)], streams=2)
+    assert plan.stream == [0, 0, 0, 1, 1, 1]
+
+
+def test_result_does_not_depend_on_the_order_or_repetition_of_edges() -> None:
+    rng = random.Random(3)
+    cost, edges, made, freed = random_plan(rng, 60, 0.1)
+    first = schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=3, memory_budget=sum(made))
+    for _ in range(5):
+        again = rng.sample(edges, len(edges)) + rng.sample(edges, 5)
+        plan = schedule(cost, again, bytes_made=made, bytes_freed=freed, streams=3, memory_budget=sum(made))
+        assert plan[:-1] == first[:-1]  # all but the count of operations, which counts every edge
+
+
+def test_repeats_bit_for_bit() -> None:
+    cost, edges, made, freed = random_plan(random.Random(4), 200, 0.05)
+    plans = [schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=4) for _ in range(3)]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_empty_plan_and_numpy_arguments() -> None:
+    assert schedule([], [])[:-1] == ([], [], [], 0.0, 0)
+    edges = np.array([[0, 1]], np.int32)
+    plan = schedule(np.array([1, 2]), edges, bytes_made=np.array([4, 4], np.int32), streams=np.int64(2))
+    assert plan.order == [0, 1] and plan.peak_bytes == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cost": [1, -2]}, r'cost of task 1 "b" is -2; it must be finite and not negative'),
+        ({"cost": [1, math.nan]}, "cost of task 1 .* finite"),
+        ({"cost": [math.inf, 1]}, "cost of task 0 .* finite"),
+        ({"cost": [[1.0, 2.0]]}, "cost must be a flat sequence"),
+        ({"cost": ["x", "y"]}, "cost must be a flat sequence of numbers"),
+        ({"edges": [(0, 1), (0, 2)]}, r"edges\[1\] = \(0, 2\) is out of range; there are 2 tasks"),
+        ({"edges": [(-1, 1)]}, r"edges\[0\] = \(-1, 1\) is out of range"),
+        ({"edges": [0, 1]}, r"edges has shape \(2,\); it must be \(any, 2\)"),
+        ({"edges": [(0.0, 1.0)]}, "edges must hold 64-bit integers, got float64"),
+        ({"bytes_made": [1]}, r"bytes_made has shape \(1,\); it must be \(2,\)"),
+        ({"bytes_freed": []}, r"bytes_freed has shape \(0,\); it must be \(2,\)"),
+        ({"bytes_made": [1, -1]}, r'bytes_made of task 1 "b" is -1; it must not be negative'),
+        ({"bytes_freed": [-7, 1]}, r'bytes_freed of task 0 "a" is -7'),
+        ({"bytes_made": [2**62, 2**62]}, "bytes_made adds up to more than"),
+        ({"bytes_freed": [5, 0]}, r'bytes_freed of task 0 "a" is 5, but only 1 bytes are alive'),
+        ({"streams": 0}, "streams is 0; give at least 1"),
+        ({"streams": None}, "streams must be a 64-bit integer, got None"),
+        ({"streams": 1.5}, "streams must be a 64-bit integer"),
+        ({"memory_budget": -1}, "memory_budget is -1; it must not be negative"),
+        ({"memory_budget": 2**63}, "memory_budget must be a 64-bit integer"),
+        ({"names": ["a"]}, "names has 1 entries for 2 tasks"),
+        ({"memory_budget": 1}, r'memory_budget of 1 bytes .* needs is 2, at task 1 "b"; give 1 bytes more'),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    good = {"cost": [1, 1], "edges": [(0, 1)], "bytes_made": [1, 1], "bytes_freed": [0, 2], "names": ["a", "b"]}
+    assert schedule(**good).order == [0, 1]
+    with pytest.raises(ArgumentError, match=message):
+        schedule(**{**good, **arguments})
+
+
+def test_cycle_is_named() -> None:
+    edges = [(0, 1), (1, 2), (2, 3), (3, 1), (3, 4)]  # 4 only hangs off the cycle, 0 only leads into it
+    with pytest.raises(ArgumentError) as error:
+        schedule([1] * 5, edges, names=list("abcde"))
+    assert 'cycle of 3: task 1 "b" -> task 2 "c" -> task 3 "d" -> task 1 "b"' in str(error.value)
+    with pytest.raises(ArgumentError, match="cycle of 1: task 0 -> task 0"):
+        schedule([1], [(0, 0)])
+    with pytest.raises(ArgumentError, match=r"cycle of 500: task 0 -> task 1 -> .* \.\.\. -> task 0;"):
+        schedule([1] * 500, [(i, (i + 1) % 500) for i in range(500)])
+
+
+def test_every_cycle_named_is_one() -> None:
+    rng = random.Random(6)
+    for _ in range(50):
+        size = rng.randint(2, 12)
+        edges = [(rng.randrange(size), rng.randrange(size)) for _ in range(2 * size)]
+        try:
+            schedule([1] * size, edges)
+        except ArgumentError as error:
+            cycle = [int(task) for task in re.findall(r"task (\d+)", str(error))]
+            assert cycle[0] == cycle[-1] and len(set(cycle)) == len(cycle) - 1
+            assert set(itertools.pairwise(cycle)) <= set(edges)
+        else:
+            assert all(u != v for u, v in edges)
+
+
+@pytest.mark.parametrize("budget", [None, 1010])
+def test_work_grows_nearly_linearly(budget: int | None) -> None:
+    """Counts the scheduler's own operations, which no other load on the machine can change."""
+
+    def operations(pairs: int) -> int:
+        # The hardest case for a budget: thousands of ready producers that may not run yet.
+        rng = random.Random(7)
+        cost = [5 + rng.random() for _ in range(pairs)] + [1.0] * pairs
+        made, freed = [3] * pairs + [1000] * pairs, [2] * pairs + [1001] * pairs
+        edges = [(i, pairs + i) for i in range(pairs)]
+        return schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=4, memory_budget=budget).operations
+
+    small, large = operations(500), operations(5000)
+    assert large <= 10 * small * math.log2(10_000) / math.log2(1_000) * 1.1
+    assert large <= (10 if budget is None else 150) * 10_000 * math.log2(10_000)
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """A tick in the middle fifth of the call, where it is inside the scheduler, shows that the GIL is free."""
+    size = 60_000
+    rng = np.random.default_rng(0)
+    cost = rng.random(size)
+    after = rng.integers(1, size, 3 * size)
+    edges = np.stack([(rng.random(3 * size) * after).astype(np.int64), after], 1)
+    span = [0.0, 0.0]
+
+    def call() -> None:
+        span[0] = time.perf_counter()
+        schedule(cost, edges, streams=8)
+        span[1] = time.perf_counter()
+
+    for _ in range(5):  # a busy machine may leave the ticking thread waiting
+        thread, ticks = threading.Thread(target=call), []
+        thread.start()
+        while thread.is_alive():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+        begin, end = span
+        if any(begin + 0.4 * (end - begin) < tick < begin + 0.6 * (end - begin) for tick in ticks):
+            return
+    pytest.fail("no other thread ran while the scheduler did")
