@@ -1,0 +1,56 @@
+"""fastlocal: train a network as gradient-isolated blocks, at the memory of one block.
+
+model = fastlocal.localize(net, method="auglocal", blocks=16, sample=x[:2], depth=2)
+engine = fastlocal.Engine(model, optimizer=lambda named: torch.optim.SGD(named, lr=0.1))
+out = engine.step(x, y)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastlocal._version import __version__
+
+_PUBLIC = {
+    "localize": "fastlocal.engine.localize",
+    "LocalModel": "fastlocal.engine.model",
+    "LocalOutput": "fastlocal.engine.output",
+    "StepOutput": "fastlocal.engine.output",
+    "Engine": "fastlocal.engine.engine",
+    "LocalOptimizer": "fastlocal.engine.optimizer",
+    "list_methods": "fastlocal.methods",
+    "Method": "fastlocal.methods",
+    "backend": "fastlocal.ops",
+    "explain": "fastlocal._explain",
+}
+_SUBMODULES = ("blocks", "data", "engine", "errors", "info", "methods", "models", "ops", "reference", "trainer")
+
+__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
+
+if TYPE_CHECKING:
+    from fastlocal import blocks, data, engine, errors, info, methods, models, ops, reference, trainer
+    from fastlocal.engine.engine import Engine
+    from fastlocal.engine.localize import localize
+    from fastlocal.engine.model import LocalModel
+    from fastlocal.engine.optimizer import LocalOptimizer
+    from fastlocal.engine.output import LocalOutput, StepOutput
+    from fastlocal._explain import explain
+    from fastlocal.methods import Method, list_methods
+    from fastlocal.ops import backend
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded at first use: `import fastlocal` stays quick and starts nothing.
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"fastlocal.{name}")
+    else:
+        raise AttributeError(f"module 'fastlocal' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,184 @@
+"""`Block`, the one executable unit: a slice of the backbone with its auxiliary head, its loss and its own backward.
+
+The reference step, the engine and level A run Blocks and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlocal.blocks.types import LocalLoss, StepContext
+
+BlockFn = Callable[[Any], Any]
+
+
+class Slot(NamedTuple):
+    """Where a parameter or buffer lives. Read live, so that replaced parameters (FSDP, weight swaps) are seen."""
+
+    name: str
+    module: nn.Module
+    key: str
+
+    @property
+    def value(self) -> Tensor:
+        module = self.module
+        return module._parameters[self.key] if self.key in module._parameters else module._buffers[self.key]  # type: ignore[return-value]
+
+
+@dataclass
+class BlockCost:
+    """What one block costs on the sample: per image where the name says so."""
+
+    boundary: tuple[int, ...] = ()
+    macs: int = 0
+    head_macs: int = 0
+    saved_bytes: int = 0
+
+
+@dataclass
+class Block:
+    """Consecutive units trained by one local loss.
+
+    Attributes:
+        index: position k, 0 to K-1. The last block has no head: the task loss of the backbone's own output trains it.
+        name: module path of its last unit, after which it is cut.
+        units: names of its units.
+        fns: the slice, callables applied in order; None where the backbone is cut by hooks.
+        head: module ``(h, StepContext) -> LocalLoss``; None for the last block.
+        slots: its trainable parameters in the backbone, found by walking the autograd graph, never assumed.
+        buffers: its buffers in the backbone.
+        random: whether its forward draws random numbers.
+    """
+
+    index: int
+    name: str
+    units: tuple[str, ...]
+    fns: tuple[BlockFn, ...] | None = None
+    head: nn.Module | None = None
+    slots: tuple[Slot, ...] = ()
+    buffers: tuple[Slot, ...] = ()
+    random: bool = False
+    cost: BlockCost = field(default_factory=BlockCost)
+
+    def __call__(self, x: Any) -> Any:
+        """Runs the slice on the boundary activation of the block before."""
+        if self.fns is None:
+            raise TypeError(
+                f"block {self.index} ({self.name}) was cut by hooks and runs only inside the backbone's own forward"
+            )
+        for fn in self.fns:
+            x = fn(x)
+        return x
+
+    def backbone_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(slot.name, slot.value) for slot in self.slots]  # type: ignore[misc]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Backbone and head parameters of this block, under the names they have in `LocalModel`."""
+        named = self.backbone_parameters()
+        if self.head is not None:
+            named += [(f"heads.{self.index}.{name}", p) for name, p in self.head.named_parameters()]
+        return named
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    def all_buffers(self) -> list[Tensor]:
+        own = [slot.value for slot in self.buffers]
+        return own if self.head is None else own + list(self.head.buffers())
+
+    def local_loss(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        """The head's loss of ``h``. Not for the last block."""
+        if self.head is None:
+            raise TypeError(f"block {self.index} ({self.name}) is the last one: its loss is the task loss")
+        return self.head(h, ctx)
+
+    def local_gradient(
+        self,
+        h: Tensor,
+        ctx: StepContext,
+        scale: Tensor | None = None,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> tuple[LocalLoss, Tensor | None]:
+        """GradSource: the local loss and its gradient at ``h``; the head's own gradients are accumulated on the way.
+
+        ``h`` is not changed and its graph not touched; the head's graph is gone on return. ``scale`` multiplies the loss
+        that backward starts from (fp16). Returns None for the gradient where ``h`` needs none.
+        """
+        z = h.detach().requires_grad_(h.requires_grad)
+        with autocast or nullcontext():
+            local = self.local_loss(z, ctx)
+        loss = local.loss if scale is None else local.loss * scale
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        return local, z.grad
+
+    def take_gradients(
+        self, h: Tensor, ctx: StepContext, scale: Tensor | None = None
+    ) -> tuple[LocalLoss, list[nn.Parameter], list[Tensor | None]]:
+        """Local loss, trainable parameters and their gradients, with nothing accumulated anywhere (level A).
+
+        The graphs of head and block are gone on return. Under ``torch.no_grad()`` there are no parameters to report.
+        """
+        z = h.detach().requires_grad_(h.requires_grad)
+        local = self.local_loss(z, ctx)
+        loss = local.loss if scale is None else local.loss * scale
+        if not loss.requires_grad:
+            return local, [], []
+        head = [p for p in self.head.parameters() if p.requires_grad] if self.head is not None else []
+        own = [p for _, p in self.backbone_parameters() if p.requires_grad] if h.grad_fn is not None else []
+        grads = list(torch.autograd.grad(loss, [z, *head] if z.requires_grad else head, allow_unused=True))
+        grad_out = grads.pop(0) if z.requires_grad else None
+        below = (
+            torch.autograd.grad(h, own, grad_out, allow_unused=True)
+            if own and grad_out is not None
+            else [None] * len(own)
+        )
+        return local, [*own, *head], exclusive([*below, *grads])
+
+    @staticmethod
+    def backward(h: Tensor, grad_out: Tensor | None) -> None:
+        """Runs the block's own backward with a given ``grad_out`` and frees its graph. Every local rule is this."""
+        if grad_out is not None and h.requires_grad and h.grad_fn is not None:
+            torch.autograd.backward(h, grad_out)
+
+
+def exclusive(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that may be changed in place: autograd can return one tensor for two parameters, or an expanded one."""
+    seen: set[int] = set()
+    result: list[Tensor | None] = []
+    for g in grads:
+        if g is not None:
+            if g.data_ptr() in seen or 0 in g.stride():
+                g = g.clone()
+            seen.add(g.data_ptr())
+        result.append(g)
+    return result
+
+
+def owned_slots(net: nn.Module, wanted: set[int], prefix: str, *, buffers: bool = False) -> list[Slot]:
+    """Slots of the tensors whose ``id`` is in ``wanted``, in the order of ``net.named_modules()``, first name only."""
+    found, seen = [], set()
+    for path, module in net.named_modules():
+        table = module._buffers if buffers else module._parameters
+        for key, value in table.items():
+            if value is not None and id(value) in wanted and id(value) not in seen:
+                seen.add(id(value))
+                name = f"{path}.{key}" if path else key
+                found.append(Slot(prefix + name, module, key))
+    return found
+
+
+def runs_batch_norm(modules: Sequence[nn.Module]) -> str | None:
+    """Name of the class of the first BatchNorm in training mode, None if there is none."""
+    for root in modules:
+        for module in root.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                return type(module).__name__
+    return None

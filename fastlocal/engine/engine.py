@@ -1,0 +1,431 @@
+"""`Engine`: fastlocal owns the step (level B). Every block is updated and freed before the next block's head starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastlocal.blocks.adapters import logits_of
+from fastlocal.blocks.block import Block
+from fastlocal.blocks.types import StepContext
+from fastlocal.engine.model import LocalModel
+from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
+from fastlocal.engine.output import Hits, StepOutput
+from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
+
+PRECISIONS = {
+    "32-true": None, "fp32": None, "bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+_CHECK_EVERY = 50  # steps between two looks at the device's non-finite flags, where a look waits for the device
+
+
+class Engine:
+    """Trains a `LocalModel` block by block.
+
+    A step runs, for every block in order: forward, local loss, the head's backward, the block's backward, the update; then
+    its graph and gradients are gone. Only the boundary activation lives on.
+
+    Args:
+        model: from `fastlocal.localize`.
+        optimizer: called once per block with its ``[(name, parameter)]``, or a `LocalOptimizer` made so.
+        schedule: ``"sequential"``, or ``"auto"``, which is sequential today.
+        precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"`` (autocast; fp16 with one loss scale per block, on the device).
+        graph: CUDA graphs, ``"auto"`` or ``"off"``; ``"auto"`` is off today.
+        backend: ``"auto"`` lets block optimizers take PyTorch's fused step; ``"reference"`` leaves everything plain.
+        update: ``"immediate"`` steps a block and frees its gradients at once; ``"end"`` steps all blocks after the last backward,
+            or none: a step that fails or turns non-finite changes nothing, BatchNorm statistics included.
+        deterministic: one random stream per block, keyed by (seed, block), and PyTorch's deterministic algorithms.
+        seed: of those streams.
+        memory_format: ``"preserve"``, or ``"channels_last"`` to convert the model now and every 4-D input.
+        nonfinite: what a non-finite loss or gradient leads to: ``"raise"`` a NonFiniteError that names block and step,
+            ``"skip"`` that block's update, or ``"stop"``: skip it and set ``engine.should_stop``. The block's parameters,
+            optimizer state and BatchNorm statistics stay as they were in every case. On an accelerator the flags are read
+            every 50 steps (and by `flush`), so that no step waits for the device.
+
+    Attributes:
+        optimizer: the `LocalOptimizer`.
+        steps: completed steps.
+        should_stop: set by ``nonfinite="stop"``.
+
+    Raises:
+        ArgumentError: a value that is not one of these.
+        BackendError: a schedule, graph mode or backend asked for by name that cannot serve.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        optimizer: OptimizerFactory | LocalOptimizer,
+        *,
+        schedule: Literal["auto", "sequential", "overlap", "pipeline"] = "auto",
+        precision: str = "32-true",
+        graph: Literal["auto", "on", "off"] = "auto",
+        backend: Literal["auto", "reference", "triton", "native"] = "auto",
+        update: Literal["immediate", "end"] = "immediate",
+        deterministic: bool = False,
+        seed: int = 0,
+        memory_format: Literal["preserve", "channels_last"] = "preserve",
+        nonfinite: Literal["raise", "skip", "stop"] = "raise",
+    ):
+        if not isinstance(model, LocalModel):
+            raise ArgumentError(f"model: expected a LocalModel from fastlocal.localize, got {type(model).__name__}")
+        _one_of("schedule", schedule, ("auto", "sequential", "overlap", "pipeline"))
+        _one_of("precision", precision, tuple(PRECISIONS))
+        _one_of("graph", graph, ("auto", "on", "off"))
+        _one_of("backend", backend, ("auto", "reference", "triton", "native"))
+        _one_of("update", update, ("immediate", "end"))
+        _one_of("memory_format", memory_format, ("preserve", "channels_last"))
+        _one_of("nonfinite", nonfinite, ("raise", "skip", "stop"))
+        if schedule in ("overlap", "pipeline"):
+            raise BackendError(f"schedule: {schedule!r} has no executor in this version; use 'sequential' or 'auto'")
+        if graph == "on":
+            raise BackendError("graph: 'on' has no executor in this version; use 'auto' or 'off'")
+        if backend in ("triton", "native"):
+            raise BackendError(f"backend: the step has no {backend!r} form in this version; use 'auto' or 'reference'")
+        if memory_format == "channels_last":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
+        if isinstance(optimizer, LocalOptimizer):
+            self.optimizer = optimizer
+            if len(optimizer.blocks) != len(model.blocks):
+                raise ArgumentError(
+                    f"optimizer: has {len(optimizer.blocks)} blocks, the model {len(model.blocks)}; make it from this model"
+                )
+        else:
+            self.optimizer = LocalOptimizer(model, optimizer, fused=backend == "auto")
+        self.precision, self.update, self.memory_format = precision, update, memory_format
+        self.deterministic, self.seed, self.nonfinite = deterministic, seed, nonfinite
+        self.steps = 0
+        self.should_stop = False
+        self.device = next(model.parameters()).device
+        self._dtype = PRECISIONS[precision]
+        count = len(model.blocks)
+        self._found = [
+            torch.zeros((), device=self.device) for _ in range(count)
+        ]  # this step's non-finite flag of each block
+        self._skipped = torch.zeros(count, device=self.device)
+        self._first_bad = torch.full((count,), -1.0, device=self.device)
+        self._reported = 0.0
+        self._scales = (
+            [torch.full((), 2.0**14, device=self.device) for _ in range(count)]
+            if self._dtype is torch.float16
+            else None
+        )
+        self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
+        self._one = torch.ones((), device=self.device)
+        self._streams: list[list[Tensor]] | None = None
+        self._backups: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def step(self, *batch: Any, **kwargs: Any) -> StepOutput:
+        """One training step on ``(x, y)``, a mapping, or whatever the model's ``batch`` function maps.
+
+        Returns:
+            `StepOutput` with ``losses`` and ``correct``, on the device; nothing waits for it.
+
+        Raises:
+            ArgumentError: a bad batch; nothing has been changed then.
+            NonFiniteError: see ``nonfinite``.
+        """
+        model = self.model
+        args, kw, target = model.unpack(kwargs or (batch[0] if len(batch) == 1 else batch))
+        if not model.training:
+            raise ArgumentError("model: is in eval mode; call model.train() before engine.step")
+        model.validate(args, kw, target, read=None if self.steps else True)
+        if self.memory_format == "channels_last":
+            args = tuple(
+                a.contiguous(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a
+                for a in args
+            )
+        with self._deterministic():
+            output = self._run(args, kw, target)
+        self.steps += 1
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
+        if self.device.type == "cpu" or self.steps % _CHECK_EVERY == 0:
+            self._report()
+        return output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> StepOutput:
+        model = self.model
+        ctx = model.context(args, kwargs, target)
+        hits = Hits(target, model.criterion)
+        losses: list[Tensor] = []
+        last = len(model.blocks) - 1
+
+        def train_block(k: int, h: Tensor) -> Tensor:
+            block = model.blocks[k]
+            with torch.autocast(self.device.type, enabled=False) if self._dtype else nullcontext():
+                local, grad_out = block.local_gradient(h, ctx, self._scale(k), self._autocast())
+                losses.append(local.loss.detach())
+                hits.add(local.logits)
+                block.backward(h, grad_out)
+                self._finish(block, losses[-1])
+            self._enter(k + 1)
+            return h.detach()
+
+        try:
+            self._enter(0)
+            with self._autocast():
+                output = model.run(args, kwargs, train_block)
+                loss = model.final_loss(output, target)
+            losses.append(loss.detach())
+            logits = logits_of(output).detach()
+            hits.add(logits)
+            scale = self._scale(last)
+            if loss.requires_grad:
+                torch.autograd.backward(loss if scale is None else loss * scale)
+            self._finish(model.blocks[last], losses[-1])
+            self._leave(last)
+            if self.update == "end":
+                self._update_all()
+        except BaseException:
+            self._undo(len(losses))
+            raise
+        return StepOutput(
+            self.steps, torch.stack([v.float() if v.dtype.itemsize < 4 else v for v in losses]), logits, hits
+        )
+
+    def _finish(self, block: Block, loss: Tensor) -> None:
+        """Checks and unscales a block's gradients, then updates it and frees them (or keeps them for the end)."""
+        k = block.index
+        params = [p for p in block.parameters() if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        found = self._found[k].zero_()
+        if grads:
+            inverse = self._one if self._scales is None else self._scales[k].reciprocal()
+            by_dtype: dict[torch.dtype, list[Tensor]] = {}
+            for g in grads:
+                by_dtype.setdefault(g.dtype, []).append(g)
+            for group in by_dtype.values():
+                torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse.to(torch.float32))
+        if self._scales is not None:
+            torch._amp_update_scale_(self._scales[k], self._good[k], found, 2.0, 0.5, 2000)
+        if self.update == "immediate":
+            self._step_block(k, found)
+            for p in params:
+                p.grad = None
+
+    def _step_block(self, k: int, found: Tensor) -> None:
+        """Updates block k unless ``found`` says that its gradients are not finite; then its buffers are put back too."""
+        inner = self.optimizer.blocks[k]
+        if inner is None:
+            return
+        if self.device.type == "cpu" or not getattr(inner, "_step_supports_amp_scaling", False):
+            bad = bool(
+                found
+            )  # free on a CPU; elsewhere this optimizer cannot skip on the device, and the read waits for it
+            if not bad:
+                inner.step()
+        else:
+            inner.found_inf = found  # type: ignore[attr-defined]
+            try:
+                inner.step()
+            finally:
+                del inner.found_inf  # type: ignore[attr-defined]
+            bad = True
+        if bad:
+            self._restore(k, found)
+        self._skipped[k] += found
+        first = self._first_bad[k]
+        self._first_bad[k] = torch.where((found > 0) & (first < 0), float(self.steps), first)
+
+    def _update_all(self) -> None:
+        """``update="end"``: steps every block, or none if any is not finite."""
+        any_bad = torch.stack(self._found).amax()
+        for k, found in enumerate(self._found):
+            self._skipped[k] += found
+            first = self._first_bad[k]
+            self._first_bad[k] = torch.where((found > 0) & (first < 0), float(self.steps), first)
+        if bool(any_bad):
+            for k in range(len(self.model.blocks)):
+                self._restore(k, any_bad)
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    # --- what a block must leave behind when it fails ----------------------------------------------------------------
+
+    def _enter(self, k: int) -> None:
+        """Before block k's forward: remember its buffers, switch to its random stream."""
+        if k:
+            self._leave(k - 1)
+        block = self.model.blocks[k]
+        if k not in self._backups:
+            self._backups[k] = [(b, torch.empty_like(b)) for b in block.all_buffers()]
+        pairs = self._backups[k]
+        if any(b is not own for (b, _), own in zip(pairs, block.all_buffers(), strict=True)):  # .to() replaced them
+            pairs = self._backups[k] = [(b, torch.empty_like(b)) for b in block.all_buffers()]
+        _copy([c for _, c in pairs], [b for b, _ in pairs])
+        if self._streams is not None and block.random:
+            _set_random_state(self._streams[k], self.device)
+
+    def _leave(self, k: int) -> None:
+        if self._streams is not None and self.model.blocks[k].random:
+            self._streams[k] = _random_state(self.device)
+
+    @torch.no_grad()
+    def _restore(self, k: int, found: Tensor) -> None:
+        pairs = self._backups[k]
+        if self.device.type == "cpu":
+            if bool(found):
+                _copy([b for b, _ in pairs], [c for _, c in pairs])
+            return
+        for buffer, copy in pairs:
+            buffer.copy_(torch.where(found > 0, copy, buffer))
+
+    def _undo(self, done: int) -> None:
+        """After an exception: blocks that were not updated get their buffers back, and no gradient stays."""
+        first = 0 if self.update == "end" else done
+        for k in range(first, len(self.model.blocks)):
+            if k in self._backups and (k <= done):
+                pairs = self._backups[k]
+                _copy([b for b, _ in pairs], [c for _, c in pairs])
+        self.optimizer.zero_grad()
+
+    def _report(self) -> None:
+        """Reads the device's non-finite counters and acts as ``nonfinite`` says."""
+        total = float(self._skipped.sum())
+        if total == self._reported:
+            return
+        self._reported = total
+        if self._scales is not None:
+            # an fp16 overflow is how the loss scale finds its place; it is an error only when the scale has run out
+            if min(float(s) for s in self._scales) >= 1.0:
+                self._first_bad.fill_(-1)
+                return
+        where = self._first_bad.tolist()
+        bad = [(int(step), k) for k, step in enumerate(where) if step >= 0]
+        self._first_bad.fill_(-1)
+        if not bad or self.nonfinite == "skip":
+            return
+        if self.nonfinite == "stop":
+            self.should_stop = True
+            return
+        step, k = min(bad)
+        name = self.model.blocks[k].name
+        kept = (
+            "no block was updated"
+            if self.update == "end"
+            else f"block {k} was not updated at that step, the others were"
+        )
+        raise NonFiniteError(
+            f"a loss or gradient of block {k} ('{name}') was not finite at step {step}; {kept}. Lower the learning rate, look at the "
+            "batch, or use nonfinite='skip'",
+            block=k,
+            name=name,
+            step=step,
+            updated=[]
+            if self.update == "end"
+            else [b.index for b in self.model.blocks if b.index not in {i for _, i in bad}],
+        )
+
+    # --- precision and randomness ------------------------------------------------------------------------------------
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Without the weight cache: a block's weights are cast once, used once, and updated before the region ends."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._dtype, cache_enabled=False)
+
+    def _scale(self, k: int) -> Tensor | None:
+        return None if self._scales is None else self._scales[k]
+
+    @contextmanager
+    def _deterministic(self) -> Iterator[None]:
+        if not self.deterministic:
+            yield
+            return
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        outside = _random_state(self.device)
+        if self._streams is None and len(self.model.blocks) > 1:
+            self._streams = []
+            for k in range(len(self.model.blocks)):
+                torch.manual_seed((self.seed * 1_000_003 + k) % 2**63)
+                self._streams.append(_random_state(self.device))
+            _set_random_state(outside, self.device)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            if self._streams is not None:
+                _set_random_state(outside, self.device)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def flush(self) -> list[StepOutput]:
+        """Completes what a pipelining schedule has in flight (nothing, in sequence) and reports non-finite blocks now."""
+        self._report()
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs besides ``model.state_dict()`` and the caller's own random state."""
+        return {
+            "steps": self.steps,
+            "optimizer": self.optimizer.state_dict(),
+            "scales": [s.clone() for s in self._scales or []],
+            "good": [g.clone() for g in self._good],
+            "skipped": self._skipped.clone(),
+            "streams": [[t.clone() for t in s] for s in self._streams or []],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ArgumentError for the state of another number of blocks or another precision, before anything changes."""
+        count = len(self.model.blocks)
+        if len(state["good"]) != count:
+            raise ArgumentError(
+                f"state_dict: comes from {len(state['good'])} blocks, this engine has {count}; localize with that many"
+            )
+        if len(state["scales"]) != len(self._scales or []):
+            raise ArgumentError(
+                f"state_dict: comes from another precision than {self.precision!r}; use the one it was trained with"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+        for own, saved in zip(self._scales or [], state["scales"], strict=True):
+            own.copy_(saved)
+        for own, saved in zip(self._good, state["good"], strict=True):
+            own.copy_(saved)
+        self._skipped.copy_(state["skipped"])
+        self._reported = float(self._skipped.sum())
+        self._streams = [[t.clone() for t in s] for s in state["streams"]] or None
+
+    def explain(self) -> str:
+        """Which schedule, graph mode and backend serve this engine, and why the others do not."""
+        fused = sum(bool(o and o.param_groups[0].get("fused")) for o in self.optimizer.blocks)
+        return "\n".join(
+            [
+                "schedule: sequential; overlap and pipeline have no executor in this version",
+                "graph: off; CUDA graphs have no executor in this version",
+                f"optimizer: fused step in {fused} of {len(self.optimizer.blocks)} blocks",
+                f"precision: {self.precision}; memory format: {self.memory_format}; update: {self.update}",
+                self.model.explain(),
+            ]
+        )
+
+
+def _copy(into: list[Tensor], source: list[Tensor]) -> None:
+    if into:
+        with torch.no_grad():
+            torch._foreach_copy_(into, source)
+
+
+def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ArgumentError(f"{name}: got {value!r}; valid are {', '.join(map(repr, valid))}")
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
+
+
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

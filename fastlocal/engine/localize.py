@@ -1,0 +1,426 @@
+"""`fastlocal.localize`: cuts a module into gradient-isolated blocks with the heads of a method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastlocal.blocks.adapters import Adapter, HookAdapter, logits_of
+from fastlocal.blocks.audit import Audit, audit, sharing_report
+from fastlocal.blocks.batch import BatchFn, first_tensor, unpack_batch
+from fastlocal.blocks.block import Block, BlockCost, Slot, owned_slots, runs_batch_norm
+from fastlocal.blocks.links import CopyLink
+from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
+from fastlocal.blocks.measure import MacCounter, SavedBytes
+from fastlocal.blocks.partition import Units, balanced_cuts, find_units, measure_units, named_cuts, undisturbed
+from fastlocal.blocks.types import Site, StepContext
+from fastlocal.engine.model import LocalModel
+from fastlocal.errors import ArgumentError, IsolationError, PartitionError
+from fastlocal.methods import Method, get_method
+
+Tied = Literal["error", "untie", "link"]
+
+
+def localize(
+    net: nn.Module,
+    method: str | Method = "auglocal",
+    *,
+    blocks: int | list[str] | Literal["auto"] | None = None,
+    sample: Any,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    batch: BatchFn | None = None,
+    mode: str = "paper",
+    tied: Tied = "error",
+    num_classes: int | None = None,
+    memory_budget: str | int | None = None,
+    budget_batch: int | None = None,
+    **options: Any,
+) -> LocalModel:
+    """Cuts ``net`` into blocks and gives each but the last an auxiliary head.
+
+    Args:
+        net: any ``nn.Module``; it is wrapped, not copied. A network with ``units()`` and ``readout()``, or an
+            ``nn.Sequential``, is cut into slices, any other by hooks at named modules.
+        method: name of a method (`fastlocal.list_methods`) or a `Method`.
+        blocks: how many (cut where the dearest block is cheapest, by the multiply-accumulates measured on the sample), the
+            names of modules to cut after, or ``"auto"``: the fewest that keep a step within ``memory_budget``. The count
+            is the paper's K: AugLocal trains the last d+1 of them together. ``method="bp"`` takes one.
+        sample: a small batch (2 rows are enough): the input tensor, or any batch that training will see.
+        criterion: the task loss ``(logits, target) -> 0-dim``; default cross-entropy over class indices or probabilities,
+            shifted by one token for causal language models.
+        batch: ``batch -> (args, kwargs, target)`` where the built-in rules do not fit.
+        mode: ``"paper"``, or ``"official"`` to follow the official code where it differs.
+        tied: what to do with a weight that two blocks use: ``"error"``; ``"untie"`` gives each block its own copy;
+            ``"link"`` lets the last of them train it and the others read a copy that is refreshed every step.
+        num_classes: where the size of the logits is not the number of classes.
+        memory_budget: bytes or ``"4GiB"``, with ``blocks="auto"``: parameters, their gradients in the largest block, one
+            optimizer moment, boundary activations and the largest block's saved bytes, for ``budget_batch`` rows
+            (default: the rows of the sample).
+        options: the method's own.
+
+    Returns:
+        A `LocalModel`. Nothing is changed in ``net`` besides what ``tied`` asks for.
+
+    Raises:
+        ArgumentError: an argument, option or method that does not exist or does not fit.
+        PartitionError: more blocks than units, or a cut that is no place (unknown, repeated or conditional module).
+        IsolationError: a skip connection that jumps a cut, or tied weights across one.
+    """
+    if not isinstance(net, nn.Module):
+        raise ArgumentError(f"net: expected an nn.Module, got {type(net).__name__}")
+    if isinstance(net, LocalModel):
+        raise ArgumentError("net: is a LocalModel already; pass its .export() to cut it anew")
+    if tied not in ("error", "untie", "link"):
+        raise ArgumentError(f"tied: got {tied!r}; valid are 'error', 'untie', 'link'")
+    recipe = _method(method, mode, options)
+    args, kwargs = _sample_call(sample, batch, net)
+    _check_sample(net, args, kwargs)
+    builder = _Builder(
+        net, recipe, args, kwargs, criterion or default_criterion(net), batch, tied, num_classes, criterion is None
+    )
+    if blocks is None:
+        if recipe.name != "bp":
+            raise ArgumentError(
+                "blocks: say how many blocks, which modules to cut after, or 'auto' with memory_budget="
+            )
+        blocks = 1
+    if recipe.name == "bp" and blocks != 1:
+        raise ArgumentError(
+            f"blocks: method 'bp' is end-to-end backprop in one block, got {blocks!r}; use blocks=1 or another method"
+        )
+    if blocks == "auto":
+        if memory_budget is None:
+            raise ArgumentError("memory_budget: blocks='auto' needs it, such as memory_budget='4GiB'")
+        return builder.within(parse_bytes(memory_budget), budget_batch)
+    if memory_budget is not None:
+        raise ArgumentError(f"memory_budget: is used with blocks='auto' only, got blocks={blocks!r}")
+    return builder.build(blocks)
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"4GiB"``, ``"500 MB"`` or a number of bytes."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]i?B|B)?\s*", text)
+    if not match:
+        raise ArgumentError(f"memory_budget: cannot read {text!r}; write bytes, '500MB' or '4GiB'")
+    unit = match.group(2) or "B"
+    power = "BKMGT".index(unit[0])
+    return int(float(match.group(1)) * (1024 if "i" in unit else 1000) ** power)
+
+
+def _method(method: str | Method, mode: str, options: dict[str, Any]) -> Method:
+    if isinstance(method, Method):
+        if options:
+            raise ArgumentError(f"{next(iter(options))}: give options to the Method itself, or name it by a string")
+        return method
+    if not isinstance(method, str):
+        raise ArgumentError(f"method: expected a name or a Method, got {type(method).__name__}")
+    return get_method(method)(mode=mode, **options)
+
+
+def _sample_call(sample: Any, batch: BatchFn | None, net: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The sample as a call of the backbone, on its device."""
+    if batch is not None and not isinstance(sample, Tensor):
+        args, kwargs, _ = batch(sample)
+    elif isinstance(sample, Mapping) and not any(k in sample for k in ("labels", "input_ids")):
+        args, kwargs = (), dict(sample)
+    else:
+        args, kwargs, _ = unpack_batch(sample)
+    param = next(net.parameters(), None)
+    if param is None:
+        raise ArgumentError(f"net: {type(net).__name__} has no parameters to train")
+
+    def move(value: Any) -> Any:
+        return value.to(param.device) if isinstance(value, Tensor) else value
+
+    return tuple(move(a) for a in args), {k: move(v) for k, v in kwargs.items()}
+
+
+def _check_sample(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = first_tensor((args, kwargs))
+    if x is None or x.dim() == 0:
+        raise ArgumentError("sample: holds no batch; give a small one, such as x[:2]")
+    if x.shape[0] < 2:
+        with undisturbed(net):
+            norm = runs_batch_norm([net])
+        if norm or x.shape[0] == 0:
+            raise ArgumentError(
+                f"sample: {x.shape[0]} row(s) give {norm or 'the audit'} no statistics; give at least 2, such as x[:2]"
+            )
+
+
+class _Builder:
+    """Measures once, then builds as many partitions as asked."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        method: Method,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        batch: BatchFn | None,
+        tied: Tied,
+        num_classes: int | None,
+        check_targets: bool,
+    ):
+        self.net, self.method, self.args, self.kwargs = net, method, args, kwargs
+        self.criterion, self.batch, self.tied, self.num_classes = criterion, batch, tied, num_classes
+        self.check_targets = check_targets
+
+    def build(self, blocks: int | list[str]) -> LocalModel:
+        if isinstance(blocks, bool) or not isinstance(blocks, int | list | tuple):
+            raise ArgumentError(f"blocks: expected an int, a list of module names or 'auto', got {blocks!r}")
+        names = list(blocks) if not isinstance(blocks, int) else None
+        if names is not None and not all(isinstance(n, str) for n in names):
+            raise ArgumentError(f"blocks: the list names modules to cut after, got {blocks!r}")
+        if blocks == 1 or names == []:
+            units = Units(["output"], None)
+        else:
+            units = find_units(self.net, self.args, self.kwargs, names)
+        measure_units(self.net, units, self.args, self.kwargs)
+        return self._assemble(units, self._cuts(units, blocks, names))
+
+    def _cuts(self, units: Units, blocks: int | list[str], names: list[str] | None) -> list[int]:
+        count = len(units.names)
+        if names is not None:
+            cuts = named_cuts(units, names)
+            self.method.prepare(len(cuts) + 1, count)
+            return cuts
+        assert isinstance(blocks, int)
+        if not 1 <= blocks <= count:
+            raise PartitionError(
+                f"blocks: {blocks} asked for, but {type(self.net).__name__} has {count} units; use 1 to {count}"
+            )
+        final = self.method.prepare(blocks, count)
+        prescribed = self.method.cuts(final, units.names, self.net)
+        if prescribed is not None:
+            return prescribed
+        cuts = list(range(count - 1)) if blocks == count else balanced_cuts(units.costs, blocks)
+        return cuts[: final - 1]  # blocks trained together at the end become the last one
+
+    def _assemble(self, units: Units, cuts: list[int]) -> LocalModel:
+        ends = [*cuts, len(units.names) - 1]
+        starts = [0, *(c + 1 for c in cuts)]
+        names = [units.names[e] for e in ends]
+        adapter = units.adapter(cuts) if len(ends) > 1 else HookAdapter([])
+        found, links = self._isolate(adapter, names)
+        sites = self._sites(units, starts, ends, found)
+        self.method.resolve(sites)
+        like = next(self.net.parameters())
+        heads = [self.method.head(site).to(device=like.device, dtype=like.dtype) for site in sites]
+        blocks = []
+        for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            buffers = {id(b) for m in found.modules[k] for b in m._buffers.values() if b is not None}
+            blocks.append(
+                Block(
+                    index=k,
+                    name=names[k],
+                    units=tuple(units.names[start : end + 1]),
+                    fns=adapter.slices[k] if not isinstance(adapter, HookAdapter) else None,
+                    head=heads[k] if k < len(heads) else None,
+                    slots=tuple(owned_slots(self.net, found.parameters[k], "backbone.")),
+                    buffers=tuple(owned_slots(self.net, buffers, "backbone.", buffers=True)),
+                    random=found.random[k] or _has_dropout(heads[k] if k < len(heads) else None),
+                )
+            )
+        model = LocalModel(
+            self.net,
+            heads,
+            blocks=blocks,
+            adapter=adapter,
+            method=self.method,
+            criterion=self.criterion,
+            num_classes=self._classes(units),
+            batch=self.batch,
+            links=links,
+            check_targets=self.check_targets,
+        )
+        x = first_tensor((self.args, self.kwargs))
+        assert x is not None
+        target = torch.zeros((x.shape[0], *units.output_shape[:-1]), dtype=torch.int64, device=x.device)
+        _measure_blocks(model, self.args, self.kwargs, target)
+        return model
+
+    def _classes(self, units: Units) -> int:
+        if self.num_classes is not None:
+            return self.num_classes
+        if not units.output_shape:
+            raise ArgumentError(
+                "num_classes: the backbone's output has no class dimension; give num_classes and a criterion"
+            )
+        return units.output_shape[-1]
+
+    def _sites(self, units: Units, starts: list[int], ends: list[int], found: Audit) -> list[Site]:
+        x = first_tensor((self.args, self.kwargs))
+        assert x is not None
+        widths = getattr(self.net, "widths", None)
+        return [
+            Site(
+                index=k,
+                blocks=len(ends),
+                unit=ends[k],
+                units=len(units.names),
+                name=units.names[ends[k]],
+                shape=found.shapes[k],
+                input_shape=tuple(x.shape[1:]),
+                num_classes=self._classes(units),
+                dense=len(units.output_shape) > 1,
+                widths=list(widths) if widths is not None and len(widths) == len(units.names) else None,
+                net=self.net,
+                first_unit=starts[k],
+            )
+            for k in range(len(ends) - 1)
+        ]
+
+    def _isolate(self, adapter: Adapter, names: list[str]) -> tuple[Audit, list[CopyLink]]:
+        """The audit, after untying what ``tied`` allows. On a refusal the network is as it was."""
+        found = audit(self.net, adapter, names, self.args, self.kwargs)
+        if not found.shared:
+            return found, []
+        report = sharing_report(self.net, found.shared)
+        if self.tied == "error":
+            raise IsolationError(
+                f"tied: parameters are used on both sides of a cut: {report}; use tied='untie' (each block its own copy), "
+                "tied='link' (the last trains it, the others read a copy), or other cuts"
+            )
+        before = [(slot, slot.value) for slot in _all_slots(self.net)]
+        links = _split_tied(self.net, found, link=self.tied == "link")
+        try:
+            again = audit(self.net, adapter, names, self.args, self.kwargs)
+            if again.shared:
+                raise IsolationError(
+                    f"tied: {sharing_report(self.net, again.shared)} is used by two blocks through one module, so it cannot be split "
+                    f"by tied={self.tied!r}; give the second use a parameter of its own, or cut elsewhere"
+                )
+        except BaseException:
+            for slot, value in before:
+                slot.module._parameters[slot.key] = value  # type: ignore[assignment]
+            raise
+        frozen = {id(link.copy.value) for link in links}
+        again.parameters = [ids - frozen for ids in again.parameters]
+        return again, links
+
+    def within(self, budget: int, rows: int | None) -> LocalModel:
+        """The fewest blocks whose step fits the budget."""
+        x = first_tensor((self.args, self.kwargs))
+        assert x is not None
+        rows = rows or x.shape[0]
+        units = find_units(self.net, self.args, self.kwargs)
+        count = len(units.names)
+        counts = sorted(
+            {1, count, *range(2, min(count, 8) + 1), *(int(8 * 1.25**i) for i in range(1, 40) if 8 * 1.25**i < count)}
+        )
+        best: tuple[int, int] | None = None
+        for blocks in counts:
+            if blocks == 1 and self.method.name != "bp":
+                recipe, self.method = self.method, get_method("bp")()
+            else:
+                recipe = self.method
+            with torch.random.fork_rng(devices=[]):  # trials draw no random numbers of the user's
+                try:
+                    model = self.build(blocks)
+                except ArgumentError as error:
+                    if best is None and blocks == counts[-1]:
+                        raise error
+                    continue
+                finally:
+                    self.method = recipe
+            peak = predicted_peak(model, rows)
+            if peak <= budget:
+                return model
+            if best is None or peak < best[0]:
+                best = (peak, blocks)
+        assert best is not None
+        raise ArgumentError(
+            f"memory_budget: {budget:,} bytes are too few for {rows} rows; the smallest step found takes {best[0]:,} bytes with "
+            f"blocks={best[1]}. Give that much, or a smaller batch"
+        )
+
+
+def predicted_peak(model: LocalModel, rows: int) -> int:
+    """Bytes of parameters, one optimizer moment, the largest block's gradients and saved tensors, and its input and output."""
+    params = sum(p.numel() * p.element_size() for p in model.parameters())
+    worst = 0
+    size = next(model.parameters()).element_size()
+    before = 0
+    for block in model.blocks:
+        grads = sum(p.numel() * p.element_size() for p in block.parameters())
+        after = size * int(torch.Size(block.cost.boundary).numel())
+        worst = max(worst, grads + rows * (block.cost.saved_bytes + before + after))
+        before = after
+    return 2 * params + worst
+
+
+def _all_slots(net: nn.Module) -> list[Slot]:
+    return [
+        Slot(f"{path}.{key}", module, key)
+        for path, module in net.named_modules()
+        for key, value in module._parameters.items()
+        if value is not None
+    ]
+
+
+def _split_tied(net: nn.Module, found: Audit, *, link: bool) -> list[CopyLink]:
+    """Gives every module but the last that holds a shared parameter a parameter of its own."""
+    links = []
+    for shared in found.shared:
+        holders = [slot for slot in _all_slots(net) if id(slot.value) == shared]
+        if len(holders) < 2:
+            continue  # one module, used twice: the second audit will say so
+        used_in = {id(m): k for k, modules in enumerate(found.modules) for m in modules}
+        holders.sort(key=lambda slot: used_in.get(id(slot.module), -1))
+        owner = holders[-1]
+        for slot in holders[:-1]:
+            if used_in.get(id(slot.module), -1) == used_in.get(id(owner.module), -2):
+                continue  # both in the owner's block: stays tied
+            copy = nn.Parameter(owner.value.detach().clone(), requires_grad=not link and owner.value.requires_grad)
+            slot.module._parameters[slot.key] = copy
+            if link:
+                links.append(CopyLink(owner, slot))
+    return links
+
+
+def _has_dropout(module: nn.Module | None) -> bool:
+    return module is not None and any(
+        isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules()
+    )
+
+
+def _measure_blocks(model: LocalModel, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor) -> None:
+    """Runs every block with its head once on the sample and notes what it costs, leaving no trace."""
+    rows = target.shape[0]
+    known = [*model.parameters(), *model.buffers()]
+    with undisturbed(model), MacCounter() as macs, SavedBytes(exclude=known) as saved:
+        ctx = model.context(args, kwargs, target)
+        mark = 0
+
+        def note(k: int, h: Tensor) -> Tensor:
+            nonlocal mark
+            block = model.blocks[k]
+            own = macs.total
+            local = None if block.head is None else block.local_loss(h.detach().requires_grad_(), ctx)
+            block.cost = BlockCost(
+                boundary=tuple(h.shape[1:]),
+                macs=(own - mark) // rows,
+                head_macs=(macs.total - own) // rows,
+                saved_bytes=saved.current
+                // rows,  # the blocks before are gone: h is detached and nothing else holds them
+            )
+            del local
+            mark = macs.total
+            return h.detach()
+
+        output = model.run(args, kwargs, note)
+        note(len(model.blocks) - 1, logits_of(output))
+
+
+def default_criterion(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy, of the next token for causal language models (own, or by the class name Hugging Face gives them)."""
+    causal = getattr(net, "causal", False) is True or type(net).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return CausalLMLoss() if causal else cross_entropy

@@ -1,0 +1,243 @@
+"""`LocalModel`: a backbone cut into gradient-isolated blocks, as an ordinary `nn.Module` (level A)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlocal.blocks.adapters import Adapter, logits_of
+from fastlocal.blocks.batch import BatchFn, Unpacked, check_target, first_tensor, split_call, unpack_batch
+from fastlocal.blocks.block import Block, exclusive, runs_batch_norm
+from fastlocal.blocks.links import CopyLink
+from fastlocal.blocks.types import StepContext
+from fastlocal.engine.carrier import LossScale, carry
+from fastlocal.engine.output import Hits, LocalOutput
+from fastlocal.errors import ArgumentError
+from fastlocal.methods.base import Method
+
+
+class LocalModel(nn.Module):
+    """A backbone with auxiliary heads, made by `fastlocal.localize`.
+
+    Parameters are named ``backbone.*`` and ``heads.{k}.*``.
+
+    In training, ``model(x, y)`` (or ``model(**batch)`` with labels) runs every block forward, takes its local gradients
+    and frees its graph at once, and returns a `LocalOutput`; ``out.loss.backward()`` then delivers those gradients, times
+    whatever factor the caller put on the loss. A training call without a target, and every call in eval mode, is the
+    plain backbone.
+
+    Attributes:
+        backbone: the network that was given, not copied.
+        heads: auxiliary heads of blocks 0 to K-2.
+        blocks: the K `Block`s.
+        method: the recipe.
+    """
+
+    accepts_loss_kwargs = (
+        False  # Hugging Face Trainer: the loss is a mean, divide it by the accumulation steps yourself
+    )
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: list[nn.Module],
+        *,
+        blocks: list[Block],
+        adapter: Adapter,
+        method: Method,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        num_classes: int,
+        batch: BatchFn | None = None,
+        links: list[CopyLink] | None = None,
+        check_targets: bool = True,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
+        self.blocks = blocks
+        self.method = method
+        self.criterion = criterion
+        self.num_classes = num_classes
+        self.links = links or []
+        self._adapter = adapter
+        self._batch = batch
+        self._check_targets = check_targets
+        self._scales: dict[str, LossScale] = {}
+
+    # --- what a step needs -------------------------------------------------------------------------------------------
+
+    def unpack(self, batch: Any) -> Unpacked:
+        """``(args, kwargs, target)`` of a batch, by the ``batch`` function given to `localize` or the built-in rules."""
+        return self._batch(batch) if self._batch is not None else unpack_batch(batch)
+
+    def context(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> StepContext:
+        """What the heads of this step may read. Refreshes links, so call it before block 0 runs."""
+        for link in self.links:
+            link.refresh()
+        return StepContext(target=target, input=first_tensor((args, kwargs)), criterion=self.criterion)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], on_block: Callable[[int, Tensor], Tensor]) -> Any:
+        """Runs the backbone; ``on_block(k, h)`` gets the output of every block but the last and returns what goes on."""
+        return self._adapter.run(self.backbone, args, kwargs, on_block)
+
+    def final_loss(self, output: Any, target: Any) -> Tensor:
+        """The last block's loss: the task loss of the backbone's logits, times the method's weight."""
+        loss = self.criterion(logits_of(output), target)
+        weight = self.method.final_weight
+        return loss if weight == 1.0 else loss * weight
+
+    def validate(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, read: bool | None = None) -> None:
+        """Refuses a bad batch before any block has run. Reads the target's values only where that does not wait for a device."""
+        x = first_tensor((args, kwargs))
+        if x is None:
+            raise ArgumentError("batch: holds no tensor")
+        rows = x.shape[0] if x.dim() else None
+        if rows == 0:
+            raise ArgumentError("batch: the input holds no rows; leave out empty batches")
+        if rows == 1 and (norm := runs_batch_norm([self.backbone, self.heads])):
+            raise ArgumentError(
+                f"batch: one sample gives {norm} no statistics in training; use at least 2, drop_last=True, or norm.eval()"
+            )
+        if self._check_targets:
+            device_waits = isinstance(target, Tensor) and target.device.type != "cpu"
+            check_target(target, self.num_classes, rows, read=not device_waits if read is None else read)
+
+    # --- level A -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, return_logits: bool = False, **kwargs: Any) -> Any:
+        """See the class. ``return_logits=True`` adds the backbone's logits to the output (detached).
+
+        Raises ArgumentError for a target out of range or of a wrong dtype, an empty batch, or one sample with BatchNorm.
+        """
+        if self._batch is not None and (self.training or len(args) + len(kwargs) > 1):
+            call: Unpacked | None = self._batch(args[0] if len(args) == 1 and not kwargs else args or kwargs)
+        else:
+            call = split_call(args, kwargs)
+        if self.training and call is not None:
+            return self._local_forward(*call, return_logits=return_logits)
+        for link in self.links:
+            link.refresh()
+        if call is not None and not kwargs:  # eval with (x, y): the backbone takes the input alone
+            args, kwargs = call[0], call[1]
+        return self.backbone(*args, **kwargs)
+
+    def _local_forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, return_logits: bool
+    ) -> LocalOutput:
+        self.validate(args, kwargs, target)
+        ctx = self.context(args, kwargs, target)
+        hits = Hits(target, self.criterion)
+        losses: list[Tensor] = []
+        params: list[nn.Parameter] = []
+        grads: list[Tensor | None] = []
+        scales = self._fp16_scales()
+
+        def collect(k: int, own: list[nn.Parameter], found: list[Tensor | None]) -> None:
+            params.extend(own)
+            grads.extend(found if scales is None else scales.unscale(k, found))
+
+        def train_block(k: int, h: Tensor) -> Tensor:
+            local, own, found = self.blocks[k].take_gradients(h, ctx, None if scales is None else scales.scale[k])
+            losses.append(local.loss.detach())
+            hits.add(local.logits)
+            collect(k, own, found)
+            return h.detach()
+
+        output = self.run(args, kwargs, train_block)
+        last = len(self.blocks) - 1
+        loss = self.final_loss(output, target)
+        losses.append(loss.detach())
+        logits = logits_of(output).detach()
+        hits.add(logits)
+        own = [p for p in self.blocks[last].parameters() if p.requires_grad]
+        if own and loss.requires_grad:
+            scaled = loss if scales is None else loss * scales.scale[last]
+            collect(last, own, exclusive(torch.autograd.grad(scaled, own, allow_unused=True)))
+        each = torch.stack([value.float() if value.dtype.itemsize < 4 else value for value in losses])
+        total = each.sum()
+        if params:
+            total = carry(total, grads, params)
+        extra = {"logits": logits} if return_logits else {}
+        return LocalOutput(hits, loss=total, losses=each, **extra)
+
+    def _fp16_scales(self) -> LossScale | None:
+        """The block loss scales where gradients are computed in fp16, else None."""
+        if not torch.is_grad_enabled():
+            return None
+        param = next(self.parameters(), None)
+        if param is None:
+            return None
+        kind = param.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        if not autocast and param.dtype != torch.float16:
+            return None
+        key = str(param.device)
+        if key not in self._scales:
+            self._scales[key] = LossScale(len(self.blocks), param.device)
+        return self._scales[key]
+
+    # --- the trained network -----------------------------------------------------------------------------------------
+
+    def export(self, readout: bool = False) -> nn.Module:
+        """The plain backbone, trained; its state_dict keys are the ones it came with.
+
+        ``readout=True`` returns the network with the method's own way of predicting; for auxiliary-head methods that is
+        the backbone too.
+        """
+        for link in self.links:
+            link.refresh()
+        return self.backbone
+
+    def backbone_state_dict(self) -> Mapping[str, Tensor]:
+        """``export().state_dict()``."""
+        return self.export().state_dict()
+
+    def summary(self) -> str:
+        """A table: blocks, units, parameters, boundary shapes, saved bytes and multiply-accumulates per image."""
+        return summarize(self)
+
+    def explain(self) -> str:
+        """How the backbone is cut, and why so."""
+        if self._adapter.kind == "slices":
+            return f"{len(self.blocks)} blocks as slices: the units are known in order, so every schedule can run them."
+        return (
+            f"{len(self.blocks)} blocks by hooks on {', '.join(b.name for b in self.blocks[:-1]) or 'nothing'}: the order of units is "
+            "known only to the backbone's own forward, so the schedule is sequential. units() and readout() on the network "
+            "would let it be sliced."
+        )
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, blocks={len(self.blocks)}, cut by {self._adapter.kind}"
+
+
+def summarize(model: LocalModel) -> str:
+    rows = [
+        ("block", "last unit", "units", "params", "head params", "boundary", "MMAC/img", "head MMAC", "saved KiB/img")
+    ]
+    for b in model.blocks:
+        own = sum(p.numel() for _, p in b.backbone_parameters())
+        head = 0 if b.head is None else sum(p.numel() for p in b.head.parameters())
+        rows.append(
+            (
+                str(b.index), b.name, str(len(b.units)), f"{own:,}", f"{head:,}", "x".join(map(str, b.cost.boundary)),
+                f"{b.cost.macs / 1e6:.2f}", f"{b.cost.head_macs / 1e6:.2f}", f"{b.cost.saved_bytes / 1024:.1f}",
+            )
+        )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+    total = sum(p.numel() for p in model.parameters())
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    worst = max(b.cost.saved_bytes for b in model.blocks)
+    return "\n".join(
+        [
+            f"{model.method!r} on {type(model.backbone).__name__}, {len(model.blocks)} blocks, cut by {model._adapter.kind}",
+            *lines,
+            f"backbone {backbone:,} parameters, heads {total - backbone:,}; largest block saves {worst / 2**20:.2f} MiB per image",
+        ]
+    )

@@ -1,0 +1,101 @@
+"""What a local step returns, at level A (`LocalOutput`) and level B (`StepOutput`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+_KEEP_LOGITS = (
+    1 << 18
+)  # elements; larger score tensors are reduced to predictions at once, so that none outlives its block
+
+
+class Hits:
+    """Counts correct predictions of each block, when asked and not before: a step that nobody asks launches nothing."""
+
+    def __init__(self, target: Tensor, criterion: Criterion):
+        self.target = target
+        self.count = getattr(criterion, "correct", count_correct)
+        self.scores: list[Tensor | None] = []
+        self._result: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, logits: Tensor | None) -> None:
+        if logits is not None and logits.numel() > _KEEP_LOGITS:
+            self.scores.append(self.count(logits.detach(), self.target))
+        else:
+            self.scores.append(None if logits is None else logits.detach())
+
+    @torch.no_grad()
+    def result(self) -> Tensor:
+        """int64 ``[K]``: correct predictions of each block's head, -1 for a head without class scores."""
+        if self._result is None:
+            none = torch.tensor(-1, device=self.target.device)
+            counts = [none if s is None else s if s.dim() == 0 else self.count(s, self.target) for s in self.scores]
+            self._result = torch.stack(counts)
+            self.scores = []
+        return self._result
+
+
+def count_correct(logits: Tensor, target: Tensor) -> Tensor:
+    """Number of rows (or tokens) whose largest score is the target's class; int64, 0-dim. No host sync."""
+    if target.dtype.is_floating_point:
+        target = target.argmax(-1)
+    return (logits.argmax(-1) == target).sum()
+
+
+class LocalOutput(dict[str, Any]):
+    """Result of ``model(x, y)`` in training: attribute and mapping access.
+
+    Keys: ``loss`` (0-dim, the sum of the local losses; its backward delivers the gradients), ``losses`` (``[K]``,
+    detached), ``correct`` (int64 ``[K]``, computed at first access; -1 for a head without class scores), and ``logits``
+    with ``return_logits=True``.
+    """
+
+    def __init__(self, hits: Hits, **values: Any):
+        super().__init__(**values)
+        self._hits = hits
+
+    def __missing__(self, key: str) -> Any:
+        if key == "correct":
+            self["correct"] = self._hits.result()
+            return self["correct"]
+        raise KeyError(key)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"LocalOutput has no {name!r}; it has {', '.join([*self, 'correct'])}") from None
+
+
+class StepOutput:
+    """Result of ``engine.step``: ``losses`` ``[K]`` and ``correct`` int64 ``[K]`` on the device, and the number of the step.
+
+    ``logits`` are the backbone's own, detached.
+    """
+
+    def __init__(self, step: int, losses: Tensor, logits: Tensor, hits: Hits):
+        self.step = step
+        self.losses = losses
+        self.logits = logits
+        self._hits = hits
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the local losses, 0-dim."""
+        return self.losses.sum()
+
+    @property
+    def correct(self) -> Tensor:
+        return self._hits.result()
+
+    def __repr__(self) -> str:
+        return f"StepOutput(step={self.step}, losses={self.losses.tolist()})"

@@ -1,0 +1,24 @@
+"""The specification in plain PyTorch: every operator, and one whole training step of any method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastlocal.reference.pool_linear_cross_entropy import (
+    pool_linear_cross_entropy,
+    pool_linear_cross_entropy_value_and_grad,
+)
+
+if TYPE_CHECKING:
+    from fastlocal.reference.step import train_step
+
+__all__ = ["pool_linear_cross_entropy", "pool_linear_cross_entropy_value_and_grad", "train_step"]
+
+
+def __getattr__(name: str) -> Any:
+    # The operators lie below ops and engine, the step above them: it is imported only when asked for.
+    if name == "train_step":
+        from fastlocal.reference.step import train_step
+
+        return train_step
+    raise AttributeError(f"module 'fastlocal.reference' has no attribute {name!r}")

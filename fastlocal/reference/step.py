@@ -1,0 +1,40 @@
+"""One whole step of any method in plain PyTorch: the specification that the engine is tested against, number for number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlocal.engine.model import LocalModel
+
+
+def train_step(model: LocalModel, batch: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Trains every block by its own loss, then steps the optimizer once.
+
+    Args:
+        model: a `LocalModel` in training mode.
+        batch: ``(x, y)``, a mapping with labels, or whatever the model's ``batch`` function maps.
+        optimizer: over ``model.parameters()``.
+
+    Returns:
+        The K local losses, detached, in block order.
+    """
+    args, kwargs, target = model.unpack(batch)
+    context = model.context(args, kwargs, target)
+    losses = []
+    optimizer.zero_grad()
+
+    def train_block(k: int, h: Tensor) -> Tensor:
+        loss = model.heads[k](h, context).loss
+        loss.backward()  # reaches this block and its head only: the input was detached
+        losses.append(loss.detach())
+        return h.detach()  # the gradient border
+
+    output = model.run(args, kwargs, train_block)
+    loss = model.final_loss(output, target)
+    loss.backward()
+    losses.append(loss.detach())
+    optimizer.step()
+    return losses
