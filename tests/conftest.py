@@ -31,13 +31,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def _global_settings() -> Iterator[None]:
-    dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    def now() -> tuple:
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), warn_only
+
+    dtype, deterministic, warn_only = before = now()
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     random.seed(0)
     torch.manual_seed(0)
     yield
-    torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    if now() != before:  # asking first: use_deterministic_algorithms loads the compiler stack, which takes seconds
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

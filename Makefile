@@ -1,0 +1,51 @@
+# make demo    train a small network by local learning, in about two minutes
+# make test    the whole test suite          (ARGS="tests/csrc -x" runs a part of it)
+# make lint    ruff and mypy
+# make venv    only the environment that these use, in .venv
+# make clean   remove what was built (.venv stays)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH := torch==2.13.0
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+LOCKED := $(VENV)/.locked
+INSTALLED := $(VENV)/.installed
+
+.PHONY: venv demo test lint clean
+.DELETE_ON_ERROR:
+
+venv: $(INSTALLED)
+
+# torch first and alone, then the lock without following dependencies: nothing can pull in another torch. A CUDA build
+# of torch brings the triton that it was built with, and that one stays.
+$(LOCKED): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastlocal needs Python 3.11 or newer; name one with make PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install $(TORCH)
+	if $(BIN)/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("triton") is None)'; \
+		then grep -v '^triton==' requirements.lock; else cat requirements.lock; fi > $(VENV)/requirements.txt
+	$(PIP) install --no-deps -r $(VENV)/requirements.txt
+	@touch $@
+
+$(INSTALLED): $(LOCKED) pyproject.toml setup.py $(wildcard csrc/*)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m fastlocal.bench.demo $(ARGS)
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout=300 $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist fastlocal.egg-info fastlocal/_native*.so $(INSTALLED) .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
