@@ -133,13 +133,14 @@ class Block:
             return local, [], []
         head = [p for p in self.head.parameters() if p.requires_grad] if self.head is not None else []
         own = [p for _, p in self.backbone_parameters() if p.requires_grad] if h.grad_fn is not None else []
-        grads = list(torch.autograd.grad(loss, [z, *head] if z.requires_grad else head, allow_unused=True))
-        grad_out = grads.pop(0) if z.requires_grad else None
-        below = (
-            torch.autograd.grad(h, own, grad_out, allow_unused=True)
-            if own and grad_out is not None
-            else [None] * len(own)
-        )
+        with outside_autocast(h):
+            grads = list(torch.autograd.grad(loss, [z, *head] if z.requires_grad else head, allow_unused=True))
+            grad_out = grads.pop(0) if z.requires_grad else None
+            below = (
+                torch.autograd.grad(h, own, grad_out, allow_unused=True)
+                if own and grad_out is not None
+                else [None] * len(own)
+            )
         return local, [*own, *head], exclusive([*below, *grads])
 
     @staticmethod
@@ -147,6 +148,14 @@ class Block:
         """Runs the block's own backward with a given ``grad_out`` and frees its graph. Every local rule is this."""
         if grad_out is not None and h.requires_grad and h.grad_fn is not None:
             torch.autograd.backward(h, grad_out)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For a backward inside a caller's autocast region, which would cast the float32 products of a backward, too."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def exclusive(grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlocal.blocks.adapters import Adapter, logits_of
 from fastlocal.blocks.batch import BatchFn, Unpacked, check_target, first_tensor, split_call, unpack_batch
-from fastlocal.blocks.block import Block, exclusive, runs_batch_norm
+from fastlocal.blocks.block import Block, exclusive, outside_autocast, runs_batch_norm
 from fastlocal.blocks.links import CopyLink
 from fastlocal.blocks.types import StepContext
 from fastlocal.engine.carrier import LossScale, carry
@@ -155,13 +155,14 @@ class LocalModel(nn.Module):
         own = [p for p in self.blocks[last].parameters() if p.requires_grad]
         if own and loss.requires_grad:
             scaled = loss if scales is None else loss * scales.scale[last]
-            collect(last, own, exclusive(torch.autograd.grad(scaled, own, allow_unused=True)))
+            with outside_autocast(loss):
+                collect(last, own, exclusive(torch.autograd.grad(scaled, own, allow_unused=True)))
         each = torch.stack([value.float() if value.dtype.itemsize < 4 else value for value in losses])
         total = each.sum()
         if params:
             total = carry(total, grads, params)
         extra = {"logits": logits} if return_logits else {}
-        return LocalOutput(hits, loss=total, losses=each, **extra)
+        return LocalOutput(hits=hits, loss=total, losses=each, **extra)
 
     def _fp16_scales(self) -> LossScale | None:
         """The block loss scales where gradients are computed in fp16, else None."""
@@ -171,7 +172,8 @@ class LocalModel(nn.Module):
         if param is None:
             return None
         kind = param.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        available = torch.amp.is_autocast_available(kind)
+        autocast = available and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         if not autocast and param.dtype != torch.float16:
             return None
         key = str(param.device)

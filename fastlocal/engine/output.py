@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,15 +55,16 @@ class LocalOutput(dict[str, Any]):
 
     Keys: ``loss`` (0-dim, the sum of the local losses; its backward delivers the gradients), ``losses`` (``[K]``,
     detached), ``correct`` (int64 ``[K]``, computed at first access; -1 for a head without class scores), and ``logits``
-    with ``return_logits=True``.
+    with ``return_logits=True``. Trainers that convert what a model returns rebuild it as ``type(out)(mapping)``; such a
+    copy has the same keys, and ``correct`` only where it had been read before.
     """
 
-    def __init__(self, hits: Hits, **values: Any):
-        super().__init__(**values)
+    def __init__(self, *values: Any, hits: Hits | None = None, **named: Any):
+        super().__init__(*values, **named)
         self._hits = hits
 
     def __missing__(self, key: str) -> Any:
-        if key == "correct":
+        if key == "correct" and self._hits is not None:
             self["correct"] = self._hits.result()
             return self["correct"]
         raise KeyError(key)
@@ -73,7 +75,20 @@ class LocalOutput(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"LocalOutput has no {name!r}; it has {', '.join([*self, 'correct'])}") from None
+            names = dict.fromkeys([*self, "correct"] if self._hits is not None else self)
+            raise AttributeError(f"LocalOutput has no {name!r}; it has {', '.join(names)}") from None
+
+
+def _flatten(out: LocalOutput) -> tuple[list[Any], Any]:
+    return list(out.values()), (tuple(out), out._hits)
+
+
+def _unflatten(values: Any, context: Any) -> LocalOutput:
+    return LocalOutput(zip(context[0], values, strict=True), hits=context[1])
+
+
+# DistributedDataParallel with static_graph=True finds the loss that it has to watch by flattening the output.
+pytree.register_pytree_node(LocalOutput, _flatten, _unflatten, serialized_type_name="fastlocal.LocalOutput")
 
 
 class StepOutput:
