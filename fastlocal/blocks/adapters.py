@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastlocal.blocks.batch import first_tensor
-from fastlocal.errors import PartitionError
+from fastlocal.errors import ArgumentError, PartitionError
 
 OnBlock = Callable[[int, Tensor], Tensor]
 
@@ -28,8 +28,9 @@ class SliceAdapter:
 
     def run(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_block: OnBlock) -> Any:
         if len(args) != 1 or kwargs:
-            raise TypeError(
-                f"{type(net).__name__} is cut into slices and takes one tensor, got {len(args)} and {sorted(kwargs)}"
+            raise ArgumentError(
+                f"batch: {type(net).__name__} is cut into slices and takes one tensor, got {len(args)} inputs and keywords "
+                f"{sorted(kwargs)}; give (x, y), or say which is the input with batch=lambda b: ((x,), {{}}, y) in fl.localize"
             )
         x = args[0]
         last = len(self.slices) - 1

@@ -65,6 +65,7 @@ def audit(net: nn.Module, adapter: Adapter, blocks: list[str], args: tuple[Any, 
     result = Audit(modules=[[]])
     outputs: list[Tensor] = []
     interiors: list[set[Any]] = []
+    borders: list[Tensor] = []  # the boundary activations, as the blocks behind them see them
     states = [_random_state(net)]
 
     def note(k: int, h: Tensor) -> Tensor:
@@ -75,6 +76,13 @@ def audit(net: nn.Module, adapter: Adapter, blocks: list[str], args: tuple[Any, 
                     f"blocks: a value computed in block {earlier} ('{blocks[earlier]}') reaches block {k} ('{blocks[k]}') around the "
                     "cut (a skip connection or a shared bias), so no gradient border can be drawn there; cut elsewhere"
                 )
+        for earlier, border in enumerate(borders[:-1]):
+            if id(border) in leaves:
+                raise IsolationError(
+                    f"blocks: the output of block {earlier} ('{blocks[earlier]}') is used in block {k} ('{blocks[k]}') too, a skip "
+                    f"connection over the cut after '{blocks[k - 1]}'; of the blocks before, a block may use the last one's output "
+                    "only. Cut elsewhere"
+                )
         interiors.append(interior)
         outputs.append(h)  # keeps the nodes alive: a freed node's address may come again
         result.parameters.append(leaves)
@@ -83,7 +91,11 @@ def audit(net: nn.Module, adapter: Adapter, blocks: list[str], args: tuple[Any, 
         result.random.append(not _same(states[-1], state))
         states.append(state)
         result.modules.append([])
-        return h.detach()
+        border = h.detach()
+        if border.is_floating_point():
+            border.requires_grad_()
+        borders.append(border)
+        return border.clone()  # no leaf, so that the next block may change it in place
 
     def ran(module: nn.Module, inputs: Any) -> None:
         result.modules[-1].append(module)

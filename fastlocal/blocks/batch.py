@@ -66,10 +66,17 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def check_target(
-    target: Any, num_classes: int, batch_size: int | None, *, ignore_index: int = -100, read: bool = True
+    target: Any,
+    num_classes: int,
+    batch_size: int | None,
+    *,
+    dims: int | None = None,
+    ignore_index: int = -100,
+    read: bool = True,
 ) -> None:
-    """Refuses a target of a wrong dtype, length or range before any block has run.
+    """Refuses a target of a wrong dtype, shape or range before any block has run.
 
+    ``dims``: dimensions of a tensor of class indices (1, or 2 for one target per token), where they are known.
     ``read=False`` leaves out the range check, which on an accelerator would wait for the device.
     """
     if not isinstance(target, Tensor):
@@ -78,7 +85,11 @@ def check_target(
         raise ArgumentError(
             f"target: holds {target.shape[0]} rows but the input holds {batch_size}; give one target per input"
         )
-    if target.dtype.is_floating_point:
+    probabilities = target.dtype.is_floating_point
+    if dims is not None and target.dim() != dims + probabilities and not (probabilities and target.dim() < 2):
+        shape = ", ".join(["N", "T"][:dims] + [str(num_classes)] * probabilities)
+        raise ArgumentError(f"target: expected shape [{shape}] for this network, got {list(target.shape)}")
+    if probabilities:
         if target.dim() < 2 or target.shape[-1] != num_classes:
             raise ArgumentError(
                 f"target: floating-point targets are class probabilities [N, {num_classes}], got {list(target.shape)} of "
@@ -88,8 +99,7 @@ def check_target(
     if target.dtype != torch.int64:
         raise ArgumentError(f"target: class indices must be int64, got {target.dtype}; use target.long()")
     if read and target.numel():
-        low, high = torch.aminmax(target)
-        low, high = int(low), int(high)
+        low, high = (int(v) for v in torch.aminmax(target))
         if (
             (low < 0 and low != ignore_index)
             or high >= num_classes

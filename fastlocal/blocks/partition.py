@@ -54,7 +54,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
     """Training mode inside; modes, buffers, requires_grad and random state are put back afterwards."""
     modes = {m: m.training for m in net.modules()}
     grads = {p: p.requires_grad for p in net.parameters()}
-    buffers = [(b, b.detach().clone()) for b in net.buffers()]
+    buffers = [(m, key, b, None if b is None else b.detach().clone()) for m in modes for key, b in m._buffers.items()]
     devices = list({p.device for p in net.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -68,8 +68,10 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
             for p, flag in grads.items():
                 p.requires_grad_(flag)
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for module, key, buffer, value in buffers:
+                    module._buffers[key] = buffer  # a forward may put another tensor in its place
+                    if buffer is not None and value is not None:
+                        buffer.copy_(value)
             for module, mode in modes.items():
                 module.training = mode
 
@@ -89,33 +91,36 @@ def _declared_units(net: nn.Module) -> Units | None:
     if not (callable(getattr(net, "units", None)) and callable(getattr(net, "readout", None))):
         return None
     declared = net.units()  # type: ignore[operator]
-    fns = [(fn,) for _, fn in declared]
-    fns[-1] = (*fns[-1], net.readout)  # type: ignore[assignment]
+    fns: list[tuple[UnitFn, ...]] = [(fn,) for _, fn in declared]
+    fns[-1] = (*fns[-1], net.readout)  # type: ignore[arg-type]
     return Units([name for name, _ in declared], fns)
 
 
 def _sequential_units(net: nn.Module) -> Units | None:
-    """A unit starts at each child that has parameters and is no normalisation; what follows it belongs to it."""
+    """A unit starts at each child that has parameters and is no normalisation (or PReLU); what follows it belongs to it."""
     if type(net) is not nn.Sequential or len(net) == 0:
         return None
-    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    joins = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+    pooling = nn.modules.pooling
+    opens = (
+        pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd, pooling._AdaptiveMaxPoolNd, nn.Flatten,
+        nn.modules.dropout._DropoutNd,
+    )  # fmt: skip
     names: list[str] = []
     fns: list[tuple[UnitFn, ...]] = []
     lead: tuple[UnitFn, ...] = ()
-    for name, child in net.named_children():
-        if any(True for _ in child.parameters()) and not isinstance(child, norms):
+    for name, child in net._modules.items():  # not named_children(), which leaves out a module that stands there twice
+        assert child is not None
+        if any(True for _ in child.parameters()) and not isinstance(child, joins):
             names.append(name)
             fns.append((*lead, child))
             lead = ()
-        elif fns and not isinstance(child, nn.MaxPool2d | nn.AvgPool2d | nn.Flatten | nn.modules.dropout._DropoutNd):
+        elif fns and not isinstance(child, opens):
             names[-1] = name
             fns[-1] = (*fns[-1], *lead, child)
             lead = ()
         else:
-            lead = (
-                *lead,
-                child,
-            )  # pools and dropout open the next unit, so that a local loss sees the value before them
+            lead = (*lead, child)  # pools and dropout open the next unit, so that a local loss sees the value before
     if not fns:
         return None
     fns[-1] = (*fns[-1], *lead)
@@ -130,6 +135,8 @@ def _hooked_units(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 near = difflib.get_close_matches(name, [n for n in modules if n], n=3, cutoff=0.4)
                 hint = f"; near names: {', '.join(near)}" if near else ""
                 raise PartitionError(f"blocks: the backbone has no module '{name}'{hint}")
+        if len(set(names)) < len(names):
+            raise PartitionError(f"blocks: {list(names)} names a module twice; name each cut once")
         seen = _running_order(net, args, kwargs, names)
         for name in names:
             if seen.count(name) != 1:
@@ -138,9 +145,9 @@ def _hooked_units(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                     "cut after a module that runs once"
                 )
         if seen != list(names):
-            raise PartitionError(f"blocks: {names} is not in the order in which the modules run; that is {seen}")
+            raise PartitionError(f"blocks: {list(names)} is not in the order in which the modules run; that is {seen}")
         return Units([*names, "output"], None)
-    candidates = []
+    candidates: list[str] = []
     for path, module in modules.items():
         parent = modules.get(path.rpartition(".")[0]) if path else None
         repeated = isinstance(parent, nn.ModuleList | nn.Sequential) and len(parent) > 1
@@ -252,7 +259,10 @@ def named_cuts(units: Units, names: list[str]) -> list[int]:
             raise PartitionError(f"blocks: '{name}' is no unit of the backbone; near names: {', '.join(near)}")
         cuts.append(units.names.index(name))
     if cuts != sorted(set(cuts)):
-        raise PartitionError(f"blocks: {names} is not in the order in which the modules run, or names one twice")
+        order = [units.names[c] for c in sorted(set(cuts))]
+        raise PartitionError(
+            f"blocks: {list(names)} is not in the order in which the modules run, or names one twice; use {order}"
+        )
     if cuts and cuts[-1] == len(units.names) - 1:
         raise PartitionError(f"blocks: '{names[-1]}' is the last unit; the last block ends there anyway, leave it out")
     return cuts

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlocal.blocks.adapters import logits_of
+from fastlocal.blocks.batch import split_call
 from fastlocal.blocks.block import Block
-from fastlocal.blocks.types import StepContext
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
 from fastlocal.engine.output import Hits, StepOutput
@@ -86,17 +86,14 @@ class Engine:
             raise BackendError("graph: 'on' has no executor in this version; use 'auto' or 'off'")
         if backend in ("triton", "native"):
             raise BackendError(f"backend: the step has no {backend!r} form in this version; use 'auto' or 'reference'")
-        if memory_format == "channels_last":
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
         if isinstance(optimizer, LocalOptimizer):
+            optimizer.check_model(model)
             self.optimizer = optimizer
-            if len(optimizer.blocks) != len(model.blocks):
-                raise ArgumentError(
-                    f"optimizer: has {len(optimizer.blocks)} blocks, the model {len(model.blocks)}; make it from this model"
-                )
         else:
             self.optimizer = LocalOptimizer(model, optimizer, fused=backend == "auto")
+        if memory_format == "channels_last":  # in place, and last: a refusal above leaves the model as it was
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision, self.update, self.memory_format = precision, update, memory_format
         self.deterministic, self.seed, self.nonfinite = deterministic, seed, nonfinite
         self.steps = 0
@@ -118,7 +115,9 @@ class Engine:
         self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
         self._one = torch.ones((), device=self.device)
         self._streams: list[list[Tensor]] | None = None
-        self._backups: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._backups: list[list[Tensor]] = [[] for _ in range(count)]
+        self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
+        self._entered = self._updated = 0  # in this step: blocks that began their forward, blocks whose update is done
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +132,8 @@ class Engine:
             NonFiniteError: see ``nonfinite``.
         """
         model = self.model
-        args, kw, target = model.unpack(kwargs or (batch[0] if len(batch) == 1 else batch))
+        call = split_call(batch, kwargs) if batch and kwargs else None
+        args, kw, target = call or model.unpack(kwargs or (batch[0] if len(batch) == 1 else batch))
         if not model.training:
             raise ArgumentError("model: is in eval mode; call model.train() before engine.step")
         model.validate(args, kw, target, read=None if self.steps else True)
@@ -142,8 +142,10 @@ class Engine:
                 a.contiguous(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a
                 for a in args
             )
+        self.optimizer.before_step()
         with self._deterministic():
             output = self._run(args, kw, target)
+        self.optimizer.after_step()
         self.steps += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
         if self.device.type == "cpu" or self.steps % _CHECK_EVERY == 0:
@@ -156,6 +158,8 @@ class Engine:
         hits = Hits(target, model.criterion)
         losses: list[Tensor] = []
         last = len(model.blocks) - 1
+        streams = None if self._streams is None else list(self._streams)
+        self._entered = self._updated = 0
 
         def train_block(k: int, h: Tensor) -> Tensor:
             block = model.blocks[k]
@@ -184,7 +188,7 @@ class Engine:
             if self.update == "end":
                 self._update_all()
         except BaseException:
-            self._undo(len(losses))
+            self._undo(streams)
             raise
         return StepOutput(
             self.steps, torch.stack([v.float() if v.dtype.itemsize < 4 else v for v in losses]), logits, hits
@@ -193,74 +197,75 @@ class Engine:
     def _finish(self, block: Block, loss: Tensor) -> None:
         """Checks and unscales a block's gradients, then updates it and frees them (or keeps them for the end)."""
         k = block.index
-        params = [p for p in block.parameters() if p.grad is not None]
-        grads = [p.grad for p in params if p.grad is not None]
+        params = self._params[k]
+        # The loss is looked at too: it can be infinite where its gradient is not. Unscaling must not change it.
+        checked = [loss if self._scales is None else loss.clone(), *(p.grad for p in params if p.grad is not None)]
         found = self._found[k].zero_()
-        if grads:
-            inverse = self._one if self._scales is None else self._scales[k].reciprocal()
-            by_dtype: dict[torch.dtype, list[Tensor]] = {}
-            for g in grads:
-                by_dtype.setdefault(g.dtype, []).append(g)
-            for group in by_dtype.values():
-                torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse.to(torch.float32))
+        inverse = self._one if self._scales is None else self._scales[k].reciprocal()
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for g in checked:
+            by_dtype.setdefault(g.dtype, []).append(g)
+        for group in by_dtype.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
         if self._scales is not None:
             torch._amp_update_scale_(self._scales[k], self._good[k], found, 2.0, 0.5, 2000)
         if self.update == "immediate":
             self._step_block(k, found)
+            self._count(k)
             for p in params:
                 p.grad = None
+        self._updated = k + 1
 
-    def _step_block(self, k: int, found: Tensor) -> None:
-        """Updates block k unless ``found`` says that its gradients are not finite; then its buffers are put back too."""
+    def _step_block(self, k: int, bad: Tensor) -> None:
+        """Updates block k, or puts its buffers back where ``bad`` says that something is not finite."""
         inner = self.optimizer.blocks[k]
-        if inner is None:
+        if self.device.type == "cpu" or not _skips_on_device(inner):
+            # free on a CPU; elsewhere this optimizer cannot skip on the device, and the read waits for it
+            if bool(bad):
+                _copy(self.model.blocks[k].all_buffers(), self._backups[k])
+            else:
+                self.optimizer.step_block(k)
             return
-        if self.device.type == "cpu" or not getattr(inner, "_step_supports_amp_scaling", False):
-            bad = bool(
-                found
-            )  # free on a CPU; elsewhere this optimizer cannot skip on the device, and the read waits for it
-            if not bad:
-                inner.step()
-        else:
-            inner.found_inf = found  # type: ignore[attr-defined]
+        if inner is not None:
+            inner.found_inf = bad  # type: ignore[attr-defined]
             try:
-                inner.step()
+                self.optimizer.step_block(k)
             finally:
                 del inner.found_inf  # type: ignore[attr-defined]
-            bad = True
-        if bad:
-            self._restore(k, found)
+        with torch.no_grad():
+            for buffer, copy in zip(self.model.blocks[k].all_buffers(), self._backups[k], strict=True):
+                buffer.copy_(torch.where(bad > 0, copy, buffer))
+
+    def _count(self, k: int) -> None:
+        found, first = self._found[k], self._first_bad[k]
         self._skipped[k] += found
-        first = self._first_bad[k]
         self._first_bad[k] = torch.where((found > 0) & (first < 0), float(self.steps), first)
 
     def _update_all(self) -> None:
         """``update="end"``: steps every block, or none if any is not finite."""
         any_bad = torch.stack(self._found).amax()
-        for k, found in enumerate(self._found):
-            self._skipped[k] += found
-            first = self._first_bad[k]
-            self._first_bad[k] = torch.where((found > 0) & (first < 0), float(self.steps), first)
-        if bool(any_bad):
-            for k in range(len(self.model.blocks)):
-                self._restore(k, any_bad)
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        for k in range(len(self.model.blocks)):
+            self._count(k)
+            self._step_block(k, any_bad)
+        self._free_gradients()
 
     # --- what a block must leave behind when it fails ----------------------------------------------------------------
 
     def _enter(self, k: int) -> None:
-        """Before block k's forward: remember its buffers, switch to its random stream."""
+        """Before block k's forward: forget gradients that are not this step's, remember its buffers, switch to its random
+        stream."""
         if k:
             self._leave(k - 1)
         block = self.model.blocks[k]
-        if k not in self._backups:
-            self._backups[k] = [(b, torch.empty_like(b)) for b in block.all_buffers()]
-        pairs = self._backups[k]
-        if any(b is not own for (b, _), own in zip(pairs, block.all_buffers(), strict=True)):  # .to() replaced them
-            pairs = self._backups[k] = [(b, torch.empty_like(b)) for b in block.all_buffers()]
-        _copy([c for _, c in pairs], [b for b, _ in pairs])
+        params = self._params[k] = block.parameters()
+        for p in params:
+            p.grad = None
+        buffers = block.all_buffers()
+        copies = self._backups[k]
+        if len(copies) != len(buffers) or any(not _alike(b, c) for b, c in zip(buffers, copies, strict=True)):
+            copies = self._backups[k] = [torch.empty_like(b) for b in buffers]
+        _copy(copies, buffers)
+        self._entered = k + 1
         if self._streams is not None and block.random:
             _set_random_state(self._streams[k], self.device)
 
@@ -268,24 +273,18 @@ class Engine:
         if self._streams is not None and self.model.blocks[k].random:
             self._streams[k] = _random_state(self.device)
 
-    @torch.no_grad()
-    def _restore(self, k: int, found: Tensor) -> None:
-        pairs = self._backups[k]
-        if self.device.type == "cpu":
-            if bool(found):
-                _copy([b for b, _ in pairs], [c for _, c in pairs])
-            return
-        for buffer, copy in pairs:
-            buffer.copy_(torch.where(found > 0, copy, buffer))
-
-    def _undo(self, done: int) -> None:
+    def _undo(self, streams: list[list[Tensor]] | None) -> None:
         """After an exception: blocks that were not updated get their buffers back, and no gradient stays."""
-        first = 0 if self.update == "end" else done
-        for k in range(first, len(self.model.blocks)):
-            if k in self._backups and (k <= done):
-                pairs = self._backups[k]
-                _copy([b for b, _ in pairs], [c for _, c in pairs])
-        self.optimizer.zero_grad()
+        for k in range(0 if self.update == "end" else self._updated, self._entered):
+            _copy(self.model.blocks[k].all_buffers(), self._backups[k])
+        if self.update == "end":
+            self._streams = streams
+        self._free_gradients()
+
+    def _free_gradients(self) -> None:
+        for params in self._params:
+            for p in params:
+                p.grad = None
 
     def _report(self) -> None:
         """Reads the device's non-finite counters and acts as ``nonfinite`` says."""
@@ -293,11 +292,10 @@ class Engine:
         if total == self._reported:
             return
         self._reported = total
-        if self._scales is not None:
+        if self._scales is not None and min(float(s) for s in self._scales) >= 1.0:
             # an fp16 overflow is how the loss scale finds its place; it is an error only when the scale has run out
-            if min(float(s) for s in self._scales) >= 1.0:
-                self._first_bad.fill_(-1)
-                return
+            self._first_bad.fill_(-1)
+            return
         where = self._first_bad.tolist()
         bad = [(int(step), k) for k, step in enumerate(where) if step >= 0]
         self._first_bad.fill_(-1)
@@ -367,6 +365,7 @@ class Engine:
         """Everything a resumed run needs besides ``model.state_dict()`` and the caller's own random state."""
         return {
             "steps": self.steps,
+            "precision": self.precision,
             "optimizer": self.optimizer.state_dict(),
             "scales": [s.clone() for s in self._scales or []],
             "good": [g.clone() for g in self._good],
@@ -377,13 +376,21 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ArgumentError for the state of another number of blocks or another precision, before anything changes."""
         count = len(self.model.blocks)
+        missing = [key for key in self.state_dict() if key not in state]
+        if missing:
+            raise ArgumentError(f"state_dict: lacks {', '.join(missing)}; pass what Engine.state_dict() returned")
         if len(state["good"]) != count:
             raise ArgumentError(
                 f"state_dict: comes from {len(state['good'])} blocks, this engine has {count}; localize with that many"
             )
-        if len(state["scales"]) != len(self._scales or []):
+        if PRECISIONS.get(state["precision"]) != self._dtype or len(state["scales"]) != len(self._scales or []):
             raise ArgumentError(
-                f"state_dict: comes from another precision than {self.precision!r}; use the one it was trained with"
+                f"state_dict: comes from precision {state['precision']!r}, this engine has {self.precision!r}; make it with the one "
+                "it was trained with"
+            )
+        if self.deterministic and any(len(s) != len(_random_state(self.device)) for s in state["streams"]):
+            raise ArgumentError(
+                f"state_dict: its random streams are of another device type than {self.device.type!r}; resume on the one it came from"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
@@ -393,7 +400,8 @@ class Engine:
             own.copy_(saved)
         self._skipped.copy_(state["skipped"])
         self._reported = float(self._skipped.sum())
-        self._streams = [[t.clone() for t in s] for s in state["streams"]] or None
+        streams = [[t.clone() for t in s] for s in state["streams"]]
+        self._streams = streams if self.deterministic and streams else None
 
     def explain(self) -> str:
         """Which schedule, graph mode and backend serve this engine, and why the others do not."""
@@ -413,6 +421,20 @@ def _copy(into: list[Tensor], source: list[Tensor]) -> None:
     if into:
         with torch.no_grad():
             torch._foreach_copy_(into, source)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _skips_on_device(inner: torch.optim.Optimizer | None) -> bool:
+    """Whether this optimizer leaves everything as it is where ``found_inf`` is set, without the host knowing."""
+    if inner is None:
+        return True
+    # A skipped first step of fused SGD leaves its momentum uninitialised; LocalOptimizer can prevent it without dampening only.
+    return getattr(inner, "_step_supports_amp_scaling", False) and not any(
+        g.get("dampening") for g in inner.param_groups
+    )
 
 
 def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:

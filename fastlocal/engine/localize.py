@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,7 @@ from fastlocal.blocks.links import CopyLink
 from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
 from fastlocal.blocks.measure import MacCounter, SavedBytes
 from fastlocal.blocks.partition import Units, balanced_cuts, find_units, measure_units, named_cuts, undisturbed
-from fastlocal.blocks.types import Site, StepContext
+from fastlocal.blocks.types import Site
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError, IsolationError, PartitionError
 from fastlocal.methods import Method, get_method
@@ -47,8 +49,9 @@ def localize(
             ``nn.Sequential``, is cut into slices, any other by hooks at named modules.
         method: name of a method (`fastlocal.list_methods`) or a `Method`.
         blocks: how many (cut where the dearest block is cheapest, by the multiply-accumulates measured on the sample), the
-            names of modules to cut after, or ``"auto"``: the fewest that keep a step within ``memory_budget``. The count
-            is the paper's K: AugLocal trains the last d+1 of them together. ``method="bp"`` takes one.
+            names of modules to cut after, or ``"auto"``: the fewest that keep a step within ``memory_budget`` (tried are all
+            counts up to 8, then steps of a quarter, then what lies between the last two). The count is the paper's K:
+            AugLocal trains the last d+1 of them together. ``method="bp"`` takes one.
         sample: a small batch (2 rows are enough): the input tensor, or any batch that training will see.
         criterion: the task loss ``(logits, target) -> 0-dim``; default cross-entropy over class indices or probabilities,
             shifted by one token for causal language models.
@@ -95,17 +98,20 @@ def localize(
     if blocks == "auto":
         if memory_budget is None:
             raise ArgumentError("memory_budget: blocks='auto' needs it, such as memory_budget='4GiB'")
+        if budget_batch is not None and (not isinstance(budget_batch, int) or budget_batch < 1):
+            raise ArgumentError(f"budget_batch: expected a number of rows of at least 1, got {budget_batch!r}")
         return builder.within(parse_bytes(memory_budget), budget_batch)
-    if memory_budget is not None:
-        raise ArgumentError(f"memory_budget: is used with blocks='auto' only, got blocks={blocks!r}")
+    for name, value in (("memory_budget", memory_budget), ("budget_batch", budget_batch)):
+        if value is not None:
+            raise ArgumentError(f"{name}: is used with blocks='auto' only, got blocks={blocks!r}")
     return builder.build(blocks)
 
 
 def parse_bytes(text: str | int) -> int:
     """``"4GiB"``, ``"500 MB"`` or a number of bytes."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]i?B|B)?\s*", text)
+    if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text) and text > 0:
+        return int(text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]i?B|B)?\s*", text) if isinstance(text, str) else None
     if not match:
         raise ArgumentError(f"memory_budget: cannot read {text!r}; write bytes, '500MB' or '4GiB'")
     unit = match.group(2) or "B"
@@ -179,12 +185,36 @@ class _Builder:
         names = list(blocks) if not isinstance(blocks, int) else None
         if names is not None and not all(isinstance(n, str) for n in names):
             raise ArgumentError(f"blocks: the list names modules to cut after, got {blocks!r}")
-        if blocks == 1 or names == []:
-            units = Units(["output"], None)
-        else:
-            units = find_units(self.net, self.args, self.kwargs, names)
-        measure_units(self.net, units, self.args, self.kwargs)
-        return self._assemble(units, self._cuts(units, blocks, names))
+        with self._atomic():
+            if blocks == 1 or names == []:
+                units = Units(["output"], None)
+            else:
+                units = find_units(self.net, self.args, self.kwargs, names)
+            measure_units(self.net, units, self.args, self.kwargs)
+            return self._assemble(units, self._cuts(units, blocks, names))
+
+    def _count(self, units: Units, blocks: int) -> LocalModel:
+        """``blocks`` blocks of units that are measured already; one is BP, whatever the method."""
+        if blocks == 1:
+            recipe, self.method = self.method, get_method("bp")()
+            try:
+                return self.build(1)
+            finally:
+                self.method = recipe
+        with self._atomic():
+            return self._assemble(units, self._cuts(units, blocks, None))
+
+    @contextmanager
+    def _atomic(self) -> Iterator[None]:
+        """After an exception, the network's parameters and the random state are what they were."""
+        before = [(slot, slot.value) for slot in _all_slots(self.net)]
+        state = torch.get_rng_state()  # heads are drawn on the CPU
+        try:
+            yield
+        except BaseException:
+            _put_back(before)
+            torch.set_rng_state(state)
+            raise
 
     def _cuts(self, units: Units, blocks: int | list[str], names: list[str] | None) -> list[int]:
         count = len(units.names)
@@ -210,6 +240,12 @@ class _Builder:
         names = [units.names[e] for e in ends]
         adapter = units.adapter(cuts) if len(ends) > 1 else HookAdapter([])
         found, links = self._isolate(adapter, names)
+        if not found.parameters[-1]:
+            raise PartitionError(
+                f"blocks: '{names[-2]}' is the last module with parameters, so nothing is left to train after it; leave it out"
+                if len(names) > 1
+                else "net: its output depends on no parameter, so nothing can be trained"
+            )
         sites = self._sites(units, starts, ends, found)
         self.method.resolve(sites)
         like = next(self.net.parameters())
@@ -240,6 +276,7 @@ class _Builder:
             batch=self.batch,
             links=links,
             check_targets=self.check_targets,
+            target_dims=len(units.output_shape) if len(units.output_shape) in (1, 2) else None,
         )
         x = first_tensor((self.args, self.kwargs))
         assert x is not None
@@ -279,7 +316,7 @@ class _Builder:
         ]
 
     def _isolate(self, adapter: Adapter, names: list[str]) -> tuple[Audit, list[CopyLink]]:
-        """The audit, after untying what ``tied`` allows. On a refusal the network is as it was."""
+        """The audit, after untying what ``tied`` allows."""
         found = audit(self.net, adapter, names, self.args, self.kwargs)
         if not found.shared:
             return found, []
@@ -289,19 +326,13 @@ class _Builder:
                 f"tied: parameters are used on both sides of a cut: {report}; use tied='untie' (each block its own copy), "
                 "tied='link' (the last trains it, the others read a copy), or other cuts"
             )
-        before = [(slot, slot.value) for slot in _all_slots(self.net)]
         links = _split_tied(self.net, found, link=self.tied == "link")
-        try:
-            again = audit(self.net, adapter, names, self.args, self.kwargs)
-            if again.shared:
-                raise IsolationError(
-                    f"tied: {sharing_report(self.net, again.shared)} is used by two blocks through one module, so it cannot be split "
-                    f"by tied={self.tied!r}; give the second use a parameter of its own, or cut elsewhere"
-                )
-        except BaseException:
-            for slot, value in before:
-                slot.module._parameters[slot.key] = value  # type: ignore[assignment]
-            raise
+        again = audit(self.net, adapter, names, self.args, self.kwargs)
+        if again.shared:
+            raise IsolationError(
+                f"tied: {sharing_report(self.net, again.shared)} is used by two blocks through one module, so it cannot be split "
+                f"by tied={self.tied!r}; give the second use a parameter of its own, or cut elsewhere"
+            )
         frozen = {id(link.copy.value) for link in links}
         again.parameters = [ids - frozen for ids in again.parameters]
         return again, links
@@ -312,34 +343,38 @@ class _Builder:
         assert x is not None
         rows = rows or x.shape[0]
         units = find_units(self.net, self.args, self.kwargs)
+        measure_units(self.net, units, self.args, self.kwargs)
         count = len(units.names)
-        counts = sorted(
+        coarse = sorted(
             {1, count, *range(2, min(count, 8) + 1), *(int(8 * 1.25**i) for i in range(1, 40) if 8 * 1.25**i < count)}
         )
-        best: tuple[int, int] | None = None
-        for blocks in counts:
-            if blocks == 1 and self.method.name != "bp":
-                recipe, self.method = self.method, get_method("bp")()
-            else:
-                recipe = self.method
-            with torch.random.fork_rng(devices=[]):  # trials draw no random numbers of the user's
-                try:
-                    model = self.build(blocks)
-                except ArgumentError as error:
-                    if best is None and blocks == counts[-1]:
-                        raise error
-                    continue
-                finally:
-                    self.method = recipe
-            peak = predicted_peak(model, rows)
-            if peak <= budget:
-                return model
-            if best is None or peak < best[0]:
-                best = (peak, blocks)
-        assert best is not None
+        tried: dict[int, int] = {}  # blocks -> predicted bytes
+        error: ArgumentError | None = None
+
+        def fits(blocks: int) -> bool:
+            nonlocal error
+            before = [(slot, slot.value) for slot in _all_slots(self.net)]
+            try:
+                with torch.random.fork_rng(devices=[]):  # trials draw no random numbers of the user's
+                    tried[blocks] = predicted_peak(self._count(units, blocks), rows)
+            except ArgumentError as refused:  # this count does not suit the method or the network, another may
+                error = refused
+                return False
+            finally:
+                _put_back(before)
+            return tried[blocks] <= budget
+
+        hit = next((i for i, blocks in enumerate(coarse) if fits(blocks)), None)
+        if hit is not None:
+            between = range(coarse[hit - 1] + 1, coarse[hit]) if hit else ()
+            return self._count(units, next((blocks for blocks in between if fits(blocks)), coarse[hit]))
+        if not tried:
+            assert error is not None
+            raise error
+        best = min(tried, key=lambda k: (tried[k], k))
         raise ArgumentError(
-            f"memory_budget: {budget:,} bytes are too few for {rows} rows; the smallest step found takes {best[0]:,} bytes with "
-            f"blocks={best[1]}. Give that much, or a smaller batch"
+            f"memory_budget: {budget:,} bytes are too few for {rows} rows; the smallest step found takes {tried[best]:,} bytes with "
+            f"blocks={best}. Give that much, or a smaller batch"
         )
 
 
@@ -364,6 +399,11 @@ def _all_slots(net: nn.Module) -> list[Slot]:
         for key, value in module._parameters.items()
         if value is not None
     ]
+
+
+def _put_back(slots: list[tuple[Slot, Tensor]]) -> None:
+    for slot, value in slots:
+        slot.module._parameters[slot.key] = value  # type: ignore[assignment]
 
 
 def _split_tied(net: nn.Module, found: Audit, *, link: bool) -> list[CopyLink]:

@@ -53,6 +53,7 @@ class LocalModel(nn.Module):
         batch: BatchFn | None = None,
         links: list[CopyLink] | None = None,
         check_targets: bool = True,
+        target_dims: int | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -65,6 +66,7 @@ class LocalModel(nn.Module):
         self._adapter = adapter
         self._batch = batch
         self._check_targets = check_targets
+        self._target_dims = target_dims
         self._scales: dict[str, LossScale] = {}
 
     # --- what a step needs -------------------------------------------------------------------------------------------
@@ -91,9 +93,10 @@ class LocalModel(nn.Module):
 
     def validate(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, read: bool | None = None) -> None:
         """Refuses a bad batch before any block has run. Reads the target's values only where that does not wait for a device."""
+        self._refuse_sharded()
         x = first_tensor((args, kwargs))
         if x is None:
-            raise ArgumentError("batch: holds no tensor")
+            raise ArgumentError("batch: holds no tensor; give (x, y) or a mapping of tensors with 'labels'")
         rows = x.shape[0] if x.dim() else None
         if rows == 0:
             raise ArgumentError("batch: the input holds no rows; leave out empty batches")
@@ -103,7 +106,17 @@ class LocalModel(nn.Module):
             )
         if self._check_targets:
             device_waits = isinstance(target, Tensor) and target.device.type != "cpu"
-            check_target(target, self.num_classes, rows, read=not device_waits if read is None else read)
+            read = not device_waits if read is None else read
+            check_target(target, self.num_classes, rows, dims=self._target_dims, read=read)
+
+    def _refuse_sharded(self) -> None:
+        """FSDP2 gathers and reduces in hooks around the backward of its own modules, which a local step never runs."""
+        sharded = any(base.__name__ == "FSDPModule" for m in (self, self.backbone) for base in type(m).__mro__)
+        if sharded or any(type(slot.value).__name__ == "DTensor" for block in self.blocks for slot in block.slots):
+            raise ArgumentError(
+                "model: its parameters are sharded (FSDP2 or DTensor), but local gradients are taken in forward, where nothing reduces "
+                "them; use DistributedDataParallel, or leave the model unsharded"
+            )
 
     # --- level A -----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ NamedParams = list[tuple[str, nn.Parameter]]
 OptimizerFactory = Callable[[NamedParams], torch.optim.Optimizer]
 
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+_FORMS = ("foreach", "fused", "capturable", "differentiable")  # options that choose an implementation
 
 
 class LocalOptimizer(torch.optim.Optimizer):
@@ -81,6 +82,21 @@ class LocalOptimizer(torch.optim.Optimizer):
         ):
             setattr(self, name, OrderedDict())
 
+    def check_model(self, model: LocalModel) -> None:
+        """Raises ArgumentError unless this optimizer trains every parameter of ``model`` in the block that owns it."""
+        if len(self.blocks) != len(model.blocks):
+            raise ArgumentError(
+                f"optimizer: has {len(self.blocks)} blocks, the model {len(model.blocks)}; make it from this model"
+            )
+        for block, inner in zip(model.blocks, self.blocks, strict=True):
+            held = set() if inner is None else {id(p) for g in inner.param_groups for p in g["params"]}
+            missing = [n for n, p in block.named_parameters() if p.requires_grad and id(p) not in held]
+            if missing:
+                raise ArgumentError(
+                    f"optimizer: block {block.index} of the model trains {missing[0]}, which this LocalOptimizer does not hold; "
+                    "make it from this model"
+                )
+
     def _link(self) -> None:
         self.param_groups = [g for inner in self.blocks if inner is not None for g in inner.param_groups]
 
@@ -100,14 +116,28 @@ class LocalOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.before_step()
+        for k in range(len(self.blocks)):
+            self.step_block(k)
+        self.after_step()
+        return loss
+
+    def before_step(self) -> None:
+        """Runs the hooks of ``register_step_pre_hook``. For an engine that steps block by block."""
         for pre in self._optimizer_step_pre_hooks.values():
             pre(self, (), {})
-        for inner in self.blocks:
-            if inner is not None:
-                inner.step()
+
+    def step_block(self, k: int) -> None:
+        """Steps the optimizer of block k alone."""
+        inner = self.blocks[k]
+        if inner is not None:
+            _fill_momentum(inner)
+            inner.step()
+
+    def after_step(self) -> None:
+        """Runs the hooks of ``register_step_post_hook``."""
         for post in self._optimizer_step_post_hooks.values():
             post(self, (), {})
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for inner in self.blocks:
@@ -133,6 +163,7 @@ class LocalOptimizer(torch.optim.Optimizer):
                     f"state_dict: group {i} has {len(saved['params'])} parameters, this optimizer's {len(own['params'])}; "
                     "it comes from another model or method"
                 )
+        self._check_options(groups)
         at = 0
         for inner in self.blocks:
             if inner is None:
@@ -140,10 +171,26 @@ class LocalOptimizer(torch.optim.Optimizer):
             part = groups[at : at + len(inner.param_groups)]
             at += len(part)
             ids = {i for g in part for i in g["params"]}
+            # How an optimizer computes is this one's choice, not a part of what was trained.
+            part = [
+                {**g, **{key: own[key] for key in _FORMS if key in own}} for g, own in zip(part, inner.param_groups)
+            ]
             inner.load_state_dict(
                 {"param_groups": part, "state": {i: s for i, s in state_dict["state"].items() if i in ids}}
             )
         self._link()
+
+    def _check_options(self, groups: list[dict[str, Any]]) -> None:
+        at = 0
+        for inner in self.blocks:
+            for saved in groups[at : at + len(inner.param_groups)] if inner is not None else ():
+                lacking = [key for key in inner.defaults if key not in saved and key not in _FORMS]  # type: ignore[union-attr]
+                if lacking:
+                    raise ArgumentError(
+                        f"state_dict: its groups have no {lacking[0]!r}, which {type(inner).__name__} needs; it comes from another "
+                        "optimizer"
+                    )
+            at += 0 if inner is None else len(inner.param_groups)
 
     def __repr__(self) -> str:
         inner = next(o for o in self.blocks if o is not None)
@@ -165,10 +212,26 @@ def _use_fused(inner: torch.optim.Optimizer | None) -> None:
     assert inner is not None
     for group in inner.param_groups:
         chosen = group.get("foreach") is not None or group.get("fused") is not None or group.get("differentiable")
+        chosen = chosen or group.get("dampening")  # see _fill_momentum
         tensors: list[Tensor] = group["params"]
         if chosen or isinstance(group["lr"], Tensor) or not all(p.is_floating_point() for p in tensors):
             return
     for group in inner.param_groups:
         group["fused"] = True
     inner.defaults["fused"] = True
-    inner._step_supports_amp_scaling = True  # what the constructors of the fused forms set
+    inner._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # what the constructors of the fused forms set
+
+
+def _fill_momentum(inner: torch.optim.Optimizer) -> None:
+    """Gives fused SGD a momentum of zero where it has none yet: the same update (without dampening), in two cases where it fails.
+
+    It refuses a parameter that takes part later than others of its group, and a first step that is skipped on the device
+    leaves it with uninitialised memory.
+    """
+    if type(inner) is not torch.optim.SGD or len(inner.state) == sum(len(g["params"]) for g in inner.param_groups):
+        return
+    for group in inner.param_groups:
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for p in group["params"]:
+                if p.grad is not None and inner.state[p].get("momentum_buffer") is None:
+                    inner.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)

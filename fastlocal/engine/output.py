@@ -36,7 +36,7 @@ class Hits:
     def result(self) -> Tensor:
         """int64 ``[K]``: correct predictions of each block's head, -1 for a head without class scores."""
         if self._result is None:
-            none = torch.tensor(-1, device=self.target.device)
+            none = torch.full((), -1, device=self.target.device)  # filled there: torch.tensor would copy and wait
             counts = [none if s is None else s if s.dim() == 0 else self.count(s, self.target) for s in self.scores]
             self._result = torch.stack(counts)
             self.scores = []
@@ -94,13 +94,14 @@ pytree.register_pytree_node(LocalOutput, _flatten, _unflatten, serialized_type_n
 class StepOutput:
     """Result of ``engine.step``: ``losses`` ``[K]`` and ``correct`` int64 ``[K]`` on the device, and the number of the step.
 
-    ``logits`` are the backbone's own, detached.
+    ``logits`` are the backbone's own, detached; None where they have more than 2**18 elements, because an output is held while
+    the next step runs.
     """
 
     def __init__(self, step: int, losses: Tensor, logits: Tensor, hits: Hits):
         self.step = step
         self.losses = losses
-        self.logits = logits
+        self.logits = logits if logits.numel() <= _KEEP_LOGITS else None
         self._hits = hits
 
     @property
