@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlocal.blocks.heads import AvgPool, ClassifierHead
 from fastlocal.errors import ArgumentError
-from fastlocal.methods.base import Method, Site, check_choice, check_number, register
+from fastlocal.methods.base import Method, Site, check_choice, check_number, refuse_dense_images, register
 
 
 @dataclass
@@ -92,6 +92,7 @@ class AugLocal(Method):
         return [round(unit + left / depth * i) for i in range(1, depth + 1)]
 
     def head(self, site: Site) -> nn.Module:
+        refuse_dense_images(self.name, site)
         if not callable(getattr(site.net, "make_unit", None)):
             raise ArgumentError(
                 f"method: 'auglocal' builds its heads from units of the network, but {type(site.net).__name__} has no "

@@ -26,7 +26,7 @@ class NoOptions:
 
 
 class Method:
-    """Base of all methods. One instance per ``fl.localize`` call; plain attributes only (it is pickled and deep-copied).
+    """Base of all methods. One instance per ``fl.localize`` call; plain attributes only (it is pickled, deep-copied).
 
     ``mode="paper"`` follows the paper, ``mode="official"`` also reproduces what the official code does otherwise.
     Raises ArgumentError for an unknown mode or option, or a value out of range.
@@ -66,7 +66,7 @@ class Method:
         """Called once with the sites of all heads, before the first ``head``; for schedules over the block index."""
 
     def head(self, site: Site) -> nn.Module:
-        """A new auxiliary head for block ``site.index``, with ``forward(h, ctx) -> LocalLoss``. Raises ArgumentError."""
+        """A new auxiliary head for block ``site.index``: ``forward(h, ctx) -> LocalLoss``. Raises ArgumentError."""
         raise ArgumentError(f"method: {self.name!r} has no auxiliary heads, so it takes blocks=1, not {site.blocks}")
 
     @property
@@ -142,6 +142,15 @@ def check_number(
         text for text in (f"from {low}" if low is not None else "", f"up to {high}" if high is not None else "") if text
     )
     raise ArgumentError(f"{name}: got {value!r}; give {'an integer' if integer else 'a number'} {span}".rstrip())
+
+
+def refuse_dense_images(method: str, site: Site) -> None:
+    """Raises ArgumentError where an image boundary meets a task with one target per position (segmentation)."""
+    if site.is_image and site.dense:
+        raise ArgumentError(
+            f"method: the heads of {method!r} classify whole images, but this network gives one output per position; "
+            "write a Method with a dense head, and pass it as method="
+        )
 
 
 def _default(f: Any) -> Any:

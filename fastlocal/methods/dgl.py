@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from fastlocal.blocks.heads import ClassifierHead, dgl_net, init_convs, man_plus_plus_net, token_mlp
-from fastlocal.methods.base import Method, Site, check_choice, register
+from fastlocal.methods.base import Method, Site, check_choice, refuse_dense_images, register
 
 HEADS = ("dgl", "dgl_mlp", "dgl_cnn", "auglocal", "man++")
 
@@ -46,6 +46,7 @@ class DGL(Method):
         check_choice("head", self.options.head, HEADS)
 
     def head(self, site: Site) -> nn.Module:
+        refuse_dense_images(self.name, site)
         if not site.is_image:
             return ClassifierHead(token_mlp(site.shape, site.num_classes, dense=site.dense))
         variant = self.options.head

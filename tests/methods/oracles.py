@@ -1,13 +1,14 @@
 """Golden numbers of official implementations, and how to compare a fastlocal model with them.
 
-Each file of ``tests/data/oracles`` was made by running the official code of the repository and commit it names, in float64 on
-the CPU, on parameters filled by a rule that depends on their names only: three training steps, then an evaluation. It says how
-in its own "fill_rule", "data", "step", "optimizer" and "layout"; "conditioning" is how much the numbers move when every initial
-parameter moves by one unit in the last place, and sets the tolerance.
+Each file of ``tests/data/oracles`` was made by running the official code of the repository and commit it names, in
+float64 on the CPU, on parameters filled by a rule that depends on their names only: three training steps, then an
+evaluation. It says how in its own "fill_rule", "data", "step", "optimizer" and "layout"; "conditioning" is how much the
+numbers move when every initial parameter moves by one unit in the last place, and sets the tolerance.
 
-``check(name, localize, make_step)`` builds our network and heads, maps our tensors to the official names, fills them, runs the
-three steps and compares everything the file holds. ``localize`` is ``fastlocal.localize`` or ``plain_localize``; ``make_step``
-takes the model and an optimizer factory (list of parameters -> optimizer) and returns ``run_step(x, y) -> StepRecord``.
+``check(name, localize, make_step)`` builds our network and heads, maps our tensors to the official names, fills them,
+runs the three steps and compares everything the file holds. ``localize`` is ``fastlocal.localize`` or
+``plain_localize``; ``make_step`` takes the model and an optimizer factory (list of parameters -> optimizer) and returns
+``run_step(x, y) -> StepRecord``.
 """
 
 from __future__ import annotations
@@ -60,11 +61,18 @@ CASES: dict[str, Case] = {
 }
 
 
+FULL_SIZE = (
+    "dglrepo_cnn_mlpsr_f128",
+    "localloss_predsim_vgg8b",
+)  # half a minute each; a narrow twin of each is in CASES
+
+
 @dataclass
 class StepRecord:
-    """One training step. None where a runner cannot say: ``terms`` per block, ``logits`` and ``gradients`` (name -> gradient).
+    """One training step of K blocks; None for what a runner cannot say.
 
-    ``losses``: what backward started from in every block. ``gradients``: by the names of ``named_tensors``, before the update.
+    ``losses``: what backward started from, per block. ``terms``: as in LocalLoss, per block. ``logits``: of the whole net, in
+    training. ``gradients``: before the update, by the names of ``named_tensors``.
     """
 
     losses: list[Tensor]
@@ -73,7 +81,9 @@ class StepRecord:
     gradients: dict[str, Tensor | None] | None = None
 
 
-MakeStep = Callable[[Any, Callable[[list[nn.Parameter]], torch.optim.Optimizer]], Callable[[Tensor, Tensor], StepRecord]]
+MakeStep = Callable[
+    [Any, Callable[[list[nn.Parameter]], torch.optim.Optimizer]], Callable[[Tensor, Tensor], StepRecord]
+]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def load(name: str) -> dict[str, Any]:
         return json.load(file)
 
 
-# --- a plain model and step, to check the heads without the library's own -------------------------------------------------
+# --- a plain model and step, to check the heads without the library's own ---------------------------------------------
 
 
 @dataclass
@@ -169,7 +179,9 @@ def plain_step(
             loss.backward()
             losses.append(loss.detach())
         gradients = {
-            name: None if p.grad is None else p.grad.clone() for name, p in named_tensors(model) if isinstance(p, nn.Parameter)
+            name: None if p.grad is None else p.grad.clone()
+            for name, p in named_tensors(model)
+            if isinstance(p, nn.Parameter)
         }
         opt.step()
         return StepRecord(losses, terms, logits.detach(), gradients)
@@ -183,10 +195,8 @@ def plain_step(
 def named_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, as ``backbone.*`` and ``heads.{k}.*``."""
     for prefix, module in (("backbone.", model.backbone), ("heads.", model.heads)):
-        for name, p in module.named_parameters():
-            yield prefix + name, p
-        for name, b in module.named_buffers():
-            yield prefix + name, b
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            yield prefix + name, tensor
 
 
 def _family_name(unit: str) -> str:
@@ -215,7 +225,9 @@ def official_names(case: str, model: Any, oracle: dict[str, Any]) -> dict[str, s
     Inside one official module, tensors are matched in order of registration; kind and shape must agree.
     """
     listed = [(name, tuple(shape)) for name, shape in oracle["parameters"] + oracle["buffers"]]
-    unused = {name for name, _ in listed if case.startswith("dglrepo") and ".bn." in name}  # the repository never runs them
+    unused = {
+        name for name, _ in listed if case.startswith("dglrepo") and ".bn." in name
+    }  # the repository never runs them
     mapping: dict[str, str] = {}
 
     def match(ours: list[tuple[str, Tensor]], prefix: str) -> None:
@@ -266,9 +278,7 @@ def official_value(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def make_batch(oracle: dict[str, Any], step: int) -> tuple[Tensor, Tensor]:
     data = oracle["data"]
-    x = torch.randn(
-        data["shape"], generator=torch.Generator().manual_seed(data["x_seed"] + step), dtype=torch.float64
-    )
+    x = torch.randn(data["shape"], generator=torch.Generator().manual_seed(data["x_seed"] + step), dtype=torch.float64)
     rows = data["shape"][0]
     y = torch.randint(0, data["label_high"], (rows,), generator=torch.Generator().manual_seed(data["y_seed"] + step))
     if data["clamp_image_to"] is not None:
@@ -280,7 +290,7 @@ def make_batch(oracle: dict[str, Any], step: int) -> tuple[Tensor, Tensor]:
 
 
 def make_optimizer(oracle: dict[str, Any], params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The oracle's optimizer over ``params``. Per-layer optimizers of the official code have equal settings, so one will do."""
+    """The oracle's optimizer over ``params``. Where the official code has one per layer they are alike, so one will do."""
     o = oracle["optimizer"]
     if o["type"] == "SGD":
         return torch.optim.SGD(
@@ -302,7 +312,9 @@ class Comparison:
 
     def close(self, what: str, ours: float, theirs: float, allowed: float, where: str = "") -> None:
         ratio = abs(ours - theirs) / allowed if allowed > 0 else (0.0 if ours == theirs else math.inf)
-        assert ratio <= 1, f"{self.case}, {what} {where}: {ours!r}, official {theirs!r}, {ratio:.3g} times the tolerance"
+        assert ratio <= 1, (
+            f"{self.case}, {what} {where}: {ours!r}, official {theirs!r}, {ratio:.3g} times the tolerance"
+        )
         self.worst[what] = max(self.worst.get(what, 0.0), ratio)
 
     def relative(self, what: str, ours: float, theirs: float, tolerance: float, where: str = "") -> None:
@@ -313,7 +325,7 @@ def _tolerance(conditioning: float) -> float:
     return max(1e-9, 100 * conditioning)
 
 
-# Official term name -> ours. PredSim and InfoPro of the InfoPro family call both of their parts decoder and aux_classifier.
+# Official term name -> ours. In the InfoPro family, PredSim too calls its parts decoder and aux_classifier.
 def _term(case: Case, official: str, last: bool) -> str:
     if last:
         return "task"
@@ -349,9 +361,7 @@ def _check_losses(compare: Comparison, record: StepRecord, golden: dict[str, Any
             compare.relative("logits", ours_, theirs, tolerance)
 
 
-def _check_gradients(
-    compare: Comparison, record: StepRecord, names: dict[str, str], oracle: dict[str, Any]
-) -> None:
+def _check_gradients(compare: Comparison, record: StepRecord, names: dict[str, str], oracle: dict[str, Any]) -> None:
     golden = dict(zip((n for n, _ in oracle["parameters"]), oracle["steps"][0]["grad_norm"]))
     noise = set(oracle["conditioning"]["rounding_only_gradients"])
     tolerance = _tolerance(oracle["conditioning"]["grad_norm_step0"])
@@ -370,11 +380,14 @@ def _check_gradients(
             compare.relative("gradient", float(gradient.norm()), golden[official], tolerance, official)
 
 
-def _check_state(compare: Comparison, model: Any, names: dict[str, str], golden: dict[str, Any], oracle: dict[str, Any], step: int) -> None:
+def _check_state(
+    compare: Comparison, model: Any, names: dict[str, str], golden: dict[str, Any], oracle: dict[str, Any], step: int
+) -> None:
     conditioning = oracle["conditioning"]
     norms = dict(zip((n for n, _ in oracle["parameters"]), zip(golden["param_norm"], golden["param_sum"])))
     stats = dict(zip(oracle["bn_stats_order"], zip(golden["bn_norm"], golden["bn_sum"])))
     for name, tensor in named_tensors(model):
+        tensor = tensor.detach()
         official = names.get(name, "")
         table, what = (norms, "parameter") if official in norms else (stats, "statistic")
         if official not in table:
@@ -386,7 +399,7 @@ def _check_state(compare: Comparison, model: Any, names: dict[str, str], golden:
 
 
 def check(name: str, localize: Callable[..., Any], make_step: MakeStep) -> dict[str, float]:
-    """Runs oracle ``name`` and asserts that everything agrees; returns the largest deviation per quantity over its tolerance."""
+    """Runs oracle ``name``, asserts that everything agrees, returns the largest deviation over tolerance per quantity."""
     oracle, case = load(name), CASES[name]
     compare = Comparison(name)
     torch.manual_seed(0)
