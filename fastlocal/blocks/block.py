@@ -114,9 +114,7 @@ class Block:
         z = h.detach().requires_grad_(h.requires_grad)
         with autocast or nullcontext():
             local = self.local_loss(z, ctx)
-        loss = local.loss if scale is None else local.loss * scale
-        if loss.requires_grad:
-            torch.autograd.backward(loss)
+        start_backward(local.loss, ctx, scale)
         return local, z.grad
 
     def take_gradients(
@@ -156,6 +154,20 @@ def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def start_backward(loss: Tensor, ctx: StepContext, scale: Tensor | None = None) -> None:
+    """``(loss * scale).backward()``, or nothing where ``loss`` needs no gradient.
+
+    The gradient it starts from is one tensor for all blocks of the step, or ``scale`` itself, so no block launches its own.
+    """
+    if not loss.requires_grad:
+        return
+    if scale is None:
+        seed = ctx.once(("seed", loss.dtype, loss.device, loss.shape), lambda: torch.ones_like(loss))
+    else:
+        seed = scale.to(loss.dtype).expand_as(loss)
+    torch.autograd.backward(loss, seed)
 
 
 def exclusive(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
