@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlocal.blocks.adapters import logits_of
 from fastlocal.engine.model import LocalModel
@@ -57,6 +58,19 @@ class SumOfLosses(nn.Module):
         output = self.backbone(*args, **kwargs)
         final = self.criterion(logits_of(output), labels) * self.weight
         return {"loss": torch.stack([*self.losses, final]).sum()}
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails at any operator that brings a tensor's value to the host, or a host tensor to another device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"), f"{name} reads from the device"
+        out = func(*args, **(kwargs or {}))
+        if name in ("copy_", "_to_copy"):
+            source = args[1] if name == "copy_" else args[0]
+            assert source.device == out.device, f"{name} crosses from {source.device} to {out.device}"
+        return out
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlocal as fl
 from fastlocal import models
 from fastlocal.methods import StepContext
 from fastlocal.models import ResNetCIFAR
-from tests.engine.baseline import assert_equal, gradients, losses_by_units, relative_error
+from tests.engine.baseline import NoHostRead, assert_equal, gradients, losses_by_units, relative_error
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dgl": {"blocks": 3},
@@ -44,15 +43,6 @@ def vit(method: str = "dgl", **options: Any) -> fl.LocalModel:
 
 def baseline_of(model: fl.LocalModel) -> fl.LocalModel:
     return copy.deepcopy(model)
-
-
-class NoHostRead(TorchDispatchMode):
-    """Fails at any operator that brings a value of a tensor to the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"), f"{name} reads from the device"
-        return func(*args, **(kwargs or {}))
 
 
 # --- equal to the sum of detached local losses -----------------------------------------------------------------------
