@@ -65,7 +65,7 @@ def test_cross_entropy_computes_in_float32_for_half_logits():
     ("logits", "target"), [((4, 5), (3,)), ((4, 6, 5), (4, 7)), ((4, 5), (4, 5)), ((2, 5, 3, 3), (2, 3))]
 )
 def test_cross_entropy_refuses_targets_that_do_not_fit(logits, target):
-    with pytest.raises(ArgumentError, match="target.*one\\s+index per sample"):
+    with pytest.raises(ArgumentError, match="give one index per sample"):
         losses.cross_entropy(torch.zeros(logits), torch.zeros(target, dtype=torch.int64))
     with pytest.raises(ArgumentError, match="target: probabilities need the shape"):
         losses.cross_entropy(torch.zeros(logits), torch.zeros((*target, 2)))

@@ -71,8 +71,8 @@ FULL_SIZE = (
 class StepRecord:
     """One training step of K blocks; None for what a runner cannot say.
 
-    ``losses``: what backward started from, per block. ``terms``: as in LocalLoss, per block. ``logits``: of the whole net, in
-    training. ``gradients``: before the update, by the names of ``named_tensors``.
+    ``losses``: what backward started from, per block. ``terms``: as in LocalLoss, per block. ``logits``: of the whole
+    net, in training. ``gradients``: before the update, by the names of ``named_tensors``.
     """
 
     losses: list[Tensor]
@@ -290,7 +290,7 @@ def make_batch(oracle: dict[str, Any], step: int) -> tuple[Tensor, Tensor]:
 
 
 def make_optimizer(oracle: dict[str, Any], params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The oracle's optimizer over ``params``. Where the official code has one per layer they are alike, so one will do."""
+    """The oracle's optimizer over ``params``. Where the official code has one per layer, they are alike."""
     o = oracle["optimizer"]
     if o["type"] == "SGD":
         return torch.optim.SGD(
@@ -399,7 +399,7 @@ def _check_state(
 
 
 def check(name: str, localize: Callable[..., Any], make_step: MakeStep) -> dict[str, float]:
-    """Runs oracle ``name``, asserts that everything agrees, returns the largest deviation over tolerance per quantity."""
+    """Runs oracle ``name``, asserts that all agrees, returns the largest deviation over tolerance per quantity."""
     oracle, case = load(name), CASES[name]
     compare = Comparison(name)
     torch.manual_seed(0)
