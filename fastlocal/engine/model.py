@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -133,7 +134,8 @@ class LocalModel(nn.Module):
             return self._local_forward(*call, return_logits=return_logits)
         for link in self.links:
             link.refresh()
-        if call is not None and not kwargs:  # eval with (x, y): the backbone takes the input alone
+        # eval with a target: the backbone gets the input alone, unless it takes the target by name (Hugging Face)
+        if call is not None and (self._batch is not None or not _takes(self.backbone, kwargs)):
             args, kwargs = call[0], call[1]
         return self.backbone(*args, **kwargs)
 
@@ -226,6 +228,13 @@ class LocalModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, blocks={len(self.blocks)}, cut by {self._adapter.kind}"
+
+
+def _takes(net: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the forward of ``net`` accepts these (at least one) by name."""
+    known = inspect.signature(net.forward).parameters
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    return bool(kwargs) and (any_name or all(name in known for name in kwargs))
 
 
 def summarize(model: LocalModel) -> str:

@@ -85,6 +85,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert not differ, differ
 
 
+@torch.no_grad()
 def relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Norm of the difference over all tensors, over the norm of ``expected``."""
     assert got.keys() == expected.keys()
