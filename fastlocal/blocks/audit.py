@@ -70,18 +70,18 @@ def audit(net: nn.Module, adapter: Adapter, blocks: list[str], args: tuple[Any, 
 
     def note(k: int, h: Tensor) -> Tensor:
         interior, leaves = graph_nodes(h)
-        for earlier, nodes in enumerate(interiors):
-            if interior & nodes:
-                raise IsolationError(
-                    f"blocks: a value computed in block {earlier} ('{blocks[earlier]}') reaches block {k} ('{blocks[k]}') around the "
-                    "cut (a skip connection or a shared bias), so no gradient border can be drawn there; cut elsewhere"
-                )
         for earlier, border in enumerate(borders[:-1]):
             if id(border) in leaves:
                 raise IsolationError(
                     f"blocks: the output of block {earlier} ('{blocks[earlier]}') is used in block {k} ('{blocks[k]}') too, a skip "
                     f"connection over the cut after '{blocks[k - 1]}'; of the blocks before, a block may use the last one's output "
                     "only. Cut elsewhere"
+                )
+        for earlier, nodes in enumerate(interiors):
+            if interior & nodes:
+                raise IsolationError(
+                    f"blocks: a value computed in block {earlier} ('{blocks[earlier]}') reaches block {k} ('{blocks[k]}') around the "
+                    "cut (a skip connection or a shared bias), so no gradient border can be drawn there; cut elsewhere"
                 )
         interiors.append(interior)
         outputs.append(h)  # keeps the nodes alive: a freed node's address may come again
