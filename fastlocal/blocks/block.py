@@ -66,6 +66,17 @@ class Block:
     random: bool = False
     cost: BlockCost = field(default_factory=BlockCost)
 
+    def __post_init__(self) -> None:
+        # Found once: walking the head's modules at every step would cost more than its small kernels.
+        everything = (
+            {id(t) for t in (*self.head.parameters(), *self.head.buffers())} if self.head is not None else set()
+        )
+        prefix = f"heads.{self.index}."
+        self._head_slots = tuple(owned_slots(self.head, everything, prefix)) if self.head is not None else ()
+        self._head_buffers = (
+            tuple(owned_slots(self.head, everything, prefix, buffers=True)) if self.head is not None else ()
+        )
+
     def __call__(self, x: Any) -> Any:
         """Runs the slice on the boundary activation of the block before."""
         if self.fns is None:
@@ -81,17 +92,16 @@ class Block:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Backbone and head parameters of this block, under the names they have in `LocalModel`."""
-        named = self.backbone_parameters()
-        if self.head is not None:
-            named += [(f"heads.{self.index}.{name}", p) for name, p in self.head.named_parameters()]
-        return named
+        return [(slot.name, slot.value) for slot in (*self.slots, *self._head_slots)]  # type: ignore[misc]
 
     def parameters(self) -> list[nn.Parameter]:
-        return [p for _, p in self.named_parameters()]
+        return [slot.value for slot in (*self.slots, *self._head_slots)]  # type: ignore[misc]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [slot.value for slot in self._head_slots]  # type: ignore[misc]
 
     def all_buffers(self) -> list[Tensor]:
-        own = [slot.value for slot in self.buffers]
-        return own if self.head is None else own + list(self.head.buffers())
+        return [slot.value for slot in (*self.buffers, *self._head_buffers)]
 
     def local_loss(self, h: Tensor, ctx: StepContext) -> LocalLoss:
         """The head's loss of ``h``. Not for the last block."""
@@ -129,7 +139,7 @@ class Block:
         loss = local.loss if scale is None else local.loss * scale
         if not loss.requires_grad:
             return local, [], []
-        head = [p for p in self.head.parameters() if p.requires_grad] if self.head is not None else []
+        head = [p for p in self.head_parameters() if p.requires_grad]
         own = [p for _, p in self.backbone_parameters() if p.requires_grad] if h.grad_fn is not None else []
         with outside_autocast(h):
             grads = list(torch.autograd.grad(loss, [z, *head] if z.requires_grad else head, allow_unused=True))
