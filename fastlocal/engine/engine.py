@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastlocal.blocks.adapters import logits_of
 from fastlocal.blocks.batch import split_call
-from fastlocal.blocks.block import Block
+from fastlocal.blocks.block import Block, start_backward
+from fastlocal.engine.guard import BatchCounts, Guard
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
 from fastlocal.engine.output import Hits, StepOutput
@@ -101,11 +102,8 @@ class Engine:
         self.device = next(model.parameters()).device
         self._dtype = PRECISIONS[precision]
         count = len(model.blocks)
-        self._found = [
-            torch.zeros((), device=self.device) for _ in range(count)
-        ]  # this step's non-finite flag of each block
-        self._skipped = torch.zeros(count, device=self.device)
-        self._first_bad = torch.full((count,), -1.0, device=self.device)
+        self._guard = Guard(model.blocks, self.device, together=update == "end")
+        self._batch_counts = BatchCounts(model)
         self._reported = 0.0
         self._scales = (
             [torch.full((), 2.0**14, device=self.device) for _ in range(count)]
@@ -115,9 +113,8 @@ class Engine:
         self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
         self._one = torch.ones((), device=self.device)
         self._streams: list[list[Tensor]] | None = None
-        self._backups: list[list[Tensor]] = [[] for _ in range(count)]
         self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
-        self._entered = self._updated = 0  # in this step: blocks that began their forward, blocks whose update is done
+        self._updated = 0  # blocks whose update is done in this step
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -136,7 +133,7 @@ class Engine:
         args, kw, target = call or model.unpack(kwargs or (batch[0] if len(batch) == 1 else batch))
         if not model.training:
             raise ArgumentError("model: is in eval mode; call model.train() before engine.step")
-        model.validate(args, kw, target, read=None if self.steps else True)
+        model.validate(args, kw, target, read=self.steps == 0 or not self._guard.waits)
         if self.memory_format == "channels_last":
             args = tuple(
                 a.contiguous(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a
@@ -148,7 +145,7 @@ class Engine:
         self.optimizer.after_step()
         self.steps += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
-        if self.device.type == "cpu" or self.steps % _CHECK_EVERY == 0:
+        if not self._guard.waits or self.steps % _CHECK_EVERY == 0:
             self._report()
         return output
 
@@ -159,7 +156,7 @@ class Engine:
         losses: list[Tensor] = []
         last = len(model.blocks) - 1
         streams = None if self._streams is None else list(self._streams)
-        self._entered = self._updated = 0
+        self._updated = 0
 
         def train_block(k: int, h: Tensor) -> Tensor:
             block = model.blocks[k]
@@ -172,6 +169,8 @@ class Engine:
             self._enter(k + 1)
             return h.detach()
 
+        self._guard.begin()
+        self._batch_counts.begin()
         try:
             self._enter(0)
             with self._autocast():
@@ -180,13 +179,13 @@ class Engine:
             losses.append(loss.detach())
             logits = logits_of(output).detach()
             hits.add(logits)
-            scale = self._scale(last)
-            if loss.requires_grad:
-                torch.autograd.backward(loss if scale is None else loss * scale)
+            start_backward(loss, ctx, self._scale(last))
             self._finish(model.blocks[last], losses[-1])
             self._leave(last)
             if self.update == "end":
                 self._update_all()
+            self._batch_counts.end()
+            self._guard.end(self.steps)
         except BaseException:
             self._undo(streams)
             raise
@@ -200,72 +199,48 @@ class Engine:
         params = self._params[k]
         # The loss is looked at too: it can be infinite where its gradient is not. Unscaling must not change it.
         checked = [loss if self._scales is None else loss.clone(), *(p.grad for p in params if p.grad is not None)]
-        found = self._found[k].zero_()
         inverse = self._one if self._scales is None else self._scales[k].reciprocal()
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for g in checked:
-            by_dtype.setdefault(g.dtype, []).append(g)
-        for group in by_dtype.values():
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
+        self._guard.check(k, checked, inverse)
+        found = self._guard.found[k]
         if self._scales is not None:
             torch._amp_update_scale_(self._scales[k], self._good[k], found, 2.0, 0.5, 2000)
         if self.update == "immediate":
             self._step_block(k, found)
-            self._count(k)
             for p in params:
                 p.grad = None
         self._updated = k + 1
 
     def _step_block(self, k: int, bad: Tensor) -> None:
-        """Updates block k, or puts its buffers back where ``bad`` says that something is not finite."""
+        """Updates block k unless ``bad`` says that something is not finite."""
         inner = self.optimizer.blocks[k]
-        if self.device.type == "cpu" or not _skips_on_device(inner):
+        if not self._guard.waits or not _skips_on_device(inner):
             # free on a CPU; elsewhere this optimizer cannot skip on the device, and the read waits for it
-            if bool(bad):
-                _copy(self.model.blocks[k].all_buffers(), self._backups[k])
-            else:
+            if not bool(bad):
                 self.optimizer.step_block(k)
-            return
-        if inner is not None:
+        elif inner is not None:
             inner.found_inf = bad  # type: ignore[attr-defined]
             try:
                 self.optimizer.step_block(k)
             finally:
                 del inner.found_inf  # type: ignore[attr-defined]
-        with torch.no_grad():
-            for buffer, copy in zip(self.model.blocks[k].all_buffers(), self._backups[k], strict=True):
-                buffer.copy_(torch.where(bad > 0, copy, buffer))
-
-    def _count(self, k: int) -> None:
-        found, first = self._found[k], self._first_bad[k]
-        self._skipped[k] += found
-        self._first_bad[k] = torch.where((found > 0) & (first < 0), float(self.steps), first)
 
     def _update_all(self) -> None:
         """``update="end"``: steps every block, or none if any is not finite."""
-        any_bad = torch.stack(self._found).amax()
+        bad = self._guard.any_found()
         for k in range(len(self.model.blocks)):
-            self._count(k)
-            self._step_block(k, any_bad)
+            self._step_block(k, bad)
         self._free_gradients()
 
     # --- what a block must leave behind when it fails ----------------------------------------------------------------
 
     def _enter(self, k: int) -> None:
-        """Before block k's forward: forget gradients that are not this step's, remember its buffers, switch to its random
-        stream."""
+        """Before block k's forward: forget gradients that are not this step's, switch to its random stream."""
         if k:
             self._leave(k - 1)
         block = self.model.blocks[k]
         params = self._params[k] = block.parameters()
         for p in params:
             p.grad = None
-        buffers = block.all_buffers()
-        copies = self._backups[k]
-        if len(copies) != len(buffers) or any(not _alike(b, c) for b, c in zip(buffers, copies, strict=True)):
-            copies = self._backups[k] = [torch.empty_like(b) for b in buffers]
-        _copy(copies, buffers)
-        self._entered = k + 1
         if self._streams is not None and block.random:
             _set_random_state(self._streams[k], self.device)
 
@@ -275,8 +250,8 @@ class Engine:
 
     def _undo(self, streams: list[list[Tensor]] | None) -> None:
         """After an exception: blocks that were not updated get their buffers back, and no gradient stays."""
-        for k in range(0 if self.update == "end" else self._updated, self._entered):
-            _copy(self.model.blocks[k].all_buffers(), self._backups[k])
+        self._batch_counts.end()
+        self._guard.end(self.steps, undo=range(0 if self.update == "end" else self._updated, len(self.model.blocks)))
         if self.update == "end":
             self._streams = streams
         self._free_gradients()
@@ -288,17 +263,17 @@ class Engine:
 
     def _report(self) -> None:
         """Reads the device's non-finite counters and acts as ``nonfinite`` says."""
-        total = float(self._skipped.sum())
+        total = float(self._guard.skipped.sum())
         if total == self._reported:
             return
         self._reported = total
         if self._scales is not None and min(float(s) for s in self._scales) >= 1.0:
             # an fp16 overflow is how the loss scale finds its place; it is an error only when the scale has run out
-            self._first_bad.fill_(-1)
+            self._guard.first_bad.fill_(-1)
             return
-        where = self._first_bad.tolist()
+        where = self._guard.first_bad.tolist()
         bad = [(int(step), k) for k, step in enumerate(where) if step >= 0]
-        self._first_bad.fill_(-1)
+        self._guard.first_bad.fill_(-1)
         if not bad or self.nonfinite == "skip":
             return
         if self.nonfinite == "stop":
@@ -369,7 +344,7 @@ class Engine:
             "optimizer": self.optimizer.state_dict(),
             "scales": [s.clone() for s in self._scales or []],
             "good": [g.clone() for g in self._good],
-            "skipped": self._skipped.clone(),
+            "skipped": self._guard.skipped.clone(),
             "streams": [[t.clone() for t in s] for s in self._streams or []],
         }
 
@@ -398,8 +373,8 @@ class Engine:
             own.copy_(saved)
         for own, saved in zip(self._good, state["good"], strict=True):
             own.copy_(saved)
-        self._skipped.copy_(state["skipped"])
-        self._reported = float(self._skipped.sum())
+        self._guard.skipped.copy_(state["skipped"])
+        self._reported = float(self._guard.skipped.sum())
         streams = [[t.clone() for t in s] for s in state["streams"]]
         self._streams = streams if self.deterministic and streams else None
 
@@ -415,16 +390,6 @@ class Engine:
                 self.model.explain(),
             ]
         )
-
-
-def _copy(into: list[Tensor], source: list[Tensor]) -> None:
-    if into:
-        with torch.no_grad():
-            torch._foreach_copy_(into, source)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def _skips_on_device(inner: torch.optim.Optimizer | None) -> bool:
