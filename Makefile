@@ -33,6 +33,7 @@ $(LOCKED): requirements.lock
 
 $(INSTALLED): $(LOCKED) pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c 'from fastlocal.engine import _native as n; print("fastlocal: native part", n.why_not() or "built")'
 	@touch $@
 
 demo: $(INSTALLED)

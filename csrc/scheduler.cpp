@@ -292,11 +292,13 @@ Schedule play(Plan& plan, const std::vector<std::int64_t>& by_rank, std::int64_t
     } else if (!running.empty()) {
       now = running.top().first;
     } else {
-      out.makespan = now;
-      out.peak_bytes = memory.peak;
-      return out;
+      break;
     }
   }
+  if (static_cast<std::int64_t>(out.order.size()) < plan.size) throw std::logic_error("the scheduler stopped early");
+  out.makespan = now;
+  out.peak_bytes = memory.peak;
+  return out;
 }
 
 // A topological order for one stream: always the ready task with the least key, ties by index. The key may depend on

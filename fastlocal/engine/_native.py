@@ -59,7 +59,7 @@ def why_not() -> str:
     return _load()[1]
 
 
-def _integers(name: str, values: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _integers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     import numpy as np
 
     array = np.asarray(values)

@@ -128,6 +128,36 @@ def test_budget_is_kept_and_refusals_are_honest(streams: int) -> None:
     assert met_exactly >= 9 * tight  # the least of all orders is NP-hard to find, but it is found nearly always
 
 
+@pytest.mark.parametrize(
+    ("edges", "made", "freed"),
+    [
+        ([(4, 1), (2, 5), (0, 5), (4, 3), (5, 3)], [6, 7, 4, 6, 2, 8], [6, 9, 0, 14, 0, 4]),  # by index
+        ([(0, 4), (4, 3), (4, 2), (1, 2)], [0, 6, 4, 8, 1], [0, 0, 10, 9, 0]),  # depth first
+        ([(2, 0), (2, 1), (0, 3)], [7, 8, 3, 4], [0, 11, 0, 11]),  # what leaves least behind first
+        ([(2, 1), (0, 3), (1, 3)], [3, 4, 9, 6], [0, 13, 0, 9]),  # the same from the end
+    ],
+)
+def test_plans_whose_least_peak_only_one_of_the_orders_tried_finds(edges: Edges, made: list, freed: list) -> None:
+    cost, least = [1.0] * len(made), least_peak(edges, made, freed)
+    plan = schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=2, memory_budget=least)
+    check(plan, cost, edges, made, freed, 2, least)
+
+
+def producers_and_consumers(pairs: int) -> tuple[list[float], Edges, list[int], list[int]]:
+    """The hardest case for a budget of 1010: many ready producers of high priority that may not run yet."""
+    rng = random.Random(7)
+    cost = [5 + rng.random() for _ in range(pairs)] + [1.0] * pairs
+    made, freed = [3] * pairs + [1000] * pairs, [2] * pairs + [1001] * pairs
+    return cost, [(i, pairs + i) for i in range(pairs)], made, freed
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_budget_with_many_ready_tasks_that_may_not_run(streams: int) -> None:
+    cost, edges, made, freed = producers_and_consumers(60)
+    plan = schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=streams, memory_budget=1010)
+    check(plan, cost, edges, made, freed, streams, 1010)
+
+
 def test_budget_costs_little_speed_when_it_is_ample() -> None:
     # 40 steps of 10 blocks: forward, head, backward, update; block k of step t+1 may run beside block k+1 of step t.
     cost, made, freed, edges, forward, update = [], [], [], [], {}, {}
@@ -160,9 +190,10 @@ def test_critical_path_first_and_ties_by_index() -> None:
 
 
 def test_a_task_follows_the_stream_that_released_it() -> None:
-    # Two chains of different length: each stays where it began, without a wait between streams.
-    plan = schedule([3, 3, 3, 1, 1, 1], [(0, 1), (1, 2), (3, 4), (4, 5)], streams=2)
-    assert plan.stream == [0, 0, 0, 1, 1, 1]
+    # Task 2 is the first to start at time 3, when both streams are free: stream 1 is where task 1 released it.
+    plan = schedule([3, 3, 2, 2], [(0, 3), (1, 2)], streams=2)
+    assert plan.order == [0, 1, 2, 3]
+    assert plan.stream == [0, 1, 1, 0]
 
 
 def test_result_does_not_depend_on_the_order_or_repetition_of_edges() -> None:
@@ -253,11 +284,7 @@ def test_work_grows_nearly_linearly(budget: int | None) -> None:
     """Counts the scheduler's own operations, which no other load on the machine can change."""
 
     def operations(pairs: int) -> int:
-        # The hardest case for a budget: thousands of ready producers that may not run yet.
-        rng = random.Random(7)
-        cost = [5 + rng.random() for _ in range(pairs)] + [1.0] * pairs
-        made, freed = [3] * pairs + [1000] * pairs, [2] * pairs + [1001] * pairs
-        edges = [(i, pairs + i) for i in range(pairs)]
+        cost, edges, made, freed = producers_and_consumers(pairs)
         return schedule(cost, edges, bytes_made=made, bytes_freed=freed, streams=4, memory_budget=budget).operations
 
     small, large = operations(500), operations(5000)
