@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from fastlocal.blocks.adapters import Adapter, HookAdapter, logits_of
 from fastlocal.blocks.audit import Audit, audit, sharing_report
-from fastlocal.blocks.batch import BatchFn, first_tensor, unpack_batch
+from fastlocal.blocks.batch import TARGET_KEYS, BatchFn, first_tensor, unpack_batch
 from fastlocal.blocks.block import Block, BlockCost, Slot, owned_slots, runs_batch_norm
 from fastlocal.blocks.links import CopyLink
 from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
 from fastlocal.blocks.measure import MacCounter, SavedBytes
 from fastlocal.blocks.partition import Units, balanced_cuts, find_units, measure_units, named_cuts, undisturbed
-from fastlocal.blocks.types import Site
+from fastlocal.blocks.types import Site, StepContext
 from fastlocal.engine.model import LocalModel
+from fastlocal.engine.output import KEEP_SCORES
 from fastlocal.errors import ArgumentError, IsolationError, PartitionError
 from fastlocal.methods import Method, get_method
 
@@ -61,8 +62,8 @@ def localize(
             ``"link"`` lets the last of them train it and the others read a copy that is refreshed every step.
         num_classes: where the size of the logits is not the number of classes.
         memory_budget: bytes or ``"4GiB"``, with ``blocks="auto"``: parameters, their gradients in the largest block, one
-            optimizer moment, boundary activations and the largest block's saved bytes, for ``budget_batch`` rows
-            (default: the rows of the sample).
+            optimizer moment, boundary activations and the largest block's saved bytes and workspace, for ``budget_batch``
+            rows (default: the rows of the sample). What the allocator and library kernels take on top is not in it.
         options: the method's own.
 
     Returns:
@@ -80,10 +81,19 @@ def localize(
     if tied not in ("error", "untie", "link"):
         raise ArgumentError(f"tied: got {tied!r}; valid are 'error', 'untie', 'link'")
     recipe = _method(method, mode, options)
-    args, kwargs = _sample_call(sample, batch, net)
+    args, kwargs, target = _sample_call(sample, batch, net)
     _check_sample(net, args, kwargs)
     builder = _Builder(
-        net, recipe, args, kwargs, criterion or default_criterion(net), batch, tied, num_classes, criterion is None
+        net,
+        recipe,
+        args,
+        kwargs,
+        target,
+        criterion or default_criterion(net),
+        batch,
+        tied,
+        num_classes,
+        criterion is None,
     )
     if blocks is None:
         if recipe.name != "bp":
@@ -129,14 +139,21 @@ def _method(method: str | Method, mode: str, options: dict[str, Any]) -> Method:
     return get_method(method)(mode=mode, **options)
 
 
-def _sample_call(sample: Any, batch: BatchFn | None, net: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The sample as a call of the backbone, on its device."""
-    if batch is not None and not isinstance(sample, Tensor):
-        args, kwargs, _ = batch(sample)
-    elif isinstance(sample, Mapping) and not any(k in sample for k in ("labels", "input_ids")):
+def _sample_call(
+    sample: Any, batch: BatchFn | None, net: nn.Module
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """The sample as a call of the backbone, on its device, and its target if it has one."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any = None
+    if isinstance(sample, Tensor):
+        args, kwargs = (sample,), {}
+    elif batch is not None:
+        args, kwargs, target = batch(sample)
+    elif isinstance(sample, Mapping) and not any(k in sample for k in (*TARGET_KEYS, "input_ids")):
         args, kwargs = (), dict(sample)
     else:
-        args, kwargs, _ = unpack_batch(sample)
+        args, kwargs, target = unpack_batch(sample)
     param = next(net.parameters(), None)
     if param is None:
         raise ArgumentError(f"net: {type(net).__name__} has no parameters to train")
@@ -144,7 +161,8 @@ def _sample_call(sample: Any, batch: BatchFn | None, net: nn.Module) -> tuple[tu
     def move(value: Any) -> Any:
         return value.to(param.device) if isinstance(value, Tensor) else value
 
-    return tuple(move(a) for a in args), {k: move(v) for k, v in kwargs.items()}
+    found = move(target) if isinstance(target, Tensor) else None
+    return tuple(move(a) for a in args), {k: move(v) for k, v in kwargs.items()}, found
 
 
 def _check_sample(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,6 +187,7 @@ class _Builder:
         method: Method,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        target: Tensor | None,
         criterion: Callable[[Tensor, Tensor], Tensor],
         batch: BatchFn | None,
         tied: Tied,
@@ -177,7 +196,7 @@ class _Builder:
     ):
         self.net, self.method, self.args, self.kwargs = net, method, args, kwargs
         self.criterion, self.batch, self.tied, self.num_classes = criterion, batch, tied, num_classes
-        self.check_targets = check_targets
+        self.check_targets, self.target = check_targets, target
 
     def build(self, blocks: int | list[str]) -> LocalModel:
         if isinstance(blocks, bool) or not isinstance(blocks, int | list | tuple):
@@ -280,8 +299,13 @@ class _Builder:
         )
         x = first_tensor((self.args, self.kwargs))
         assert x is not None
-        target = torch.zeros((x.shape[0], *units.output_shape[:-1]), dtype=torch.int64, device=x.device)
-        _measure_blocks(model, self.args, self.kwargs, target)
+        target, criterion = self.target, self.criterion
+        if target is None:
+            target = torch.zeros((x.shape[0], *units.output_shape[:-1]), dtype=torch.int64, device=x.device)
+            if not self.check_targets:  # which targets the caller's loss would take is not known
+                criterion = _any_loss
+        ctx = StepContext(target=target, input=x, criterion=criterion)
+        _measure_blocks(model, self.args, self.kwargs, ctx, x.shape[0])
         return model
 
     def _classes(self, units: Units) -> int:
@@ -379,17 +403,23 @@ class _Builder:
 
 
 def predicted_peak(model: LocalModel, rows: int) -> int:
-    """Bytes of parameters, one optimizer moment, the largest block's gradients and saved tensors, and its input and output."""
+    """Bytes of a step: parameters, one optimizer moment, the largest block's gradients, saved tensors and workspace.
+
+    Workspace is the block's input and output, once more the larger of the two for the gradients on their way back, and the
+    class scores, which a loss holds besides what autograd saved.
+    """
     params = sum(p.numel() * p.element_size() for p in model.parameters())
-    worst = 0
     size = next(model.parameters()).element_size()
-    before = 0
+    scores = size * math.prod(model.blocks[-1].cost.boundary)
+    kept = rows * scores * len(model.blocks) if rows * scores <= size * KEEP_SCORES else 0  # for counting hits
+    worst = before = 0
     for block in model.blocks:
         grads = sum(p.numel() * p.element_size() for p in block.parameters())
-        after = size * int(torch.Size(block.cost.boundary).numel())
-        worst = max(worst, grads + rows * (block.cost.saved_bytes + before + after))
+        after = size * math.prod(block.cost.boundary)
+        workspace = before + after + max(before, after, scores) + scores
+        worst = max(worst, grads + rows * (block.cost.saved_bytes + workspace))
         before = after
-    return 2 * params + worst
+    return 2 * params + worst + kept
 
 
 def _all_slots(net: nn.Module) -> list[Slot]:
@@ -432,32 +462,39 @@ def _has_dropout(module: nn.Module | None) -> bool:
     )
 
 
-def _measure_blocks(model: LocalModel, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor) -> None:
+def _any_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.float().square().mean()
+
+
+def _measure_blocks(
+    model: LocalModel, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: StepContext, rows: int
+) -> None:
     """Runs every block with its head once on the sample and notes what it costs, leaving no trace."""
-    rows = target.shape[0]
     known = [*model.parameters(), *model.buffers()]
     with undisturbed(model), MacCounter() as macs, SavedBytes(exclude=known) as saved:
-        ctx = model.context(args, kwargs, target)
         mark = 0
 
-        def note(k: int, h: Tensor) -> Tensor:
+        def note(k: int, h: Tensor, loss: Any = None) -> Tensor:
             nonlocal mark
             block = model.blocks[k]
             own = macs.total
-            local = None if block.head is None else block.local_loss(h.detach().requires_grad_(), ctx)
+            if block.head is not None:
+                loss = block.local_loss(h.detach().requires_grad_(), ctx)
             block.cost = BlockCost(
                 boundary=tuple(h.shape[1:]),
                 macs=(own - mark) // rows,
                 head_macs=(macs.total - own) // rows,
-                saved_bytes=saved.current
-                // rows,  # the blocks before are gone: h is detached and nothing else holds them
+                saved_bytes=saved.current // rows,  # h is detached and nothing else holds the blocks before
             )
-            del local
+            del loss
             mark = macs.total
             return h.detach()
 
+        for link in model.links:
+            link.refresh()
         output = model.run(args, kwargs, note)
-        note(len(model.blocks) - 1, logits_of(output))
+        logits = logits_of(output)
+        note(len(model.blocks) - 1, logits, ctx.criterion(logits, ctx.target))
 
 
 def default_criterion(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

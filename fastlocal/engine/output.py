@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
-_KEEP_LOGITS = (
-    1 << 18
-)  # elements; larger score tensors are reduced to predictions at once, so that none outlives its block
+# Elements. Larger scores of a head are reduced to a count of hits at once, so that K of them do not pile up; a larger output of
+# the backbone is not kept at all, because it would live on while the next step runs.
+KEEP_SCORES = 1 << 16
+KEEP_LOGITS = 1 << 18
 
 
 class Hits:
@@ -27,7 +28,7 @@ class Hits:
 
     @torch.no_grad()
     def add(self, logits: Tensor | None) -> None:
-        if logits is not None and logits.numel() > _KEEP_LOGITS:
+        if logits is not None and logits.numel() > KEEP_SCORES:
             self.scores.append(self.count(logits.detach(), self.target))
         else:
             self.scores.append(None if logits is None else logits.detach())
@@ -101,7 +102,7 @@ class StepOutput:
     def __init__(self, step: int, losses: Tensor, logits: Tensor, hits: Hits):
         self.step = step
         self.losses = losses
-        self.logits = logits if logits.numel() <= _KEEP_LOGITS else None
+        self.logits = logits if logits.numel() <= KEEP_LOGITS else None
         self._hits = hits
 
     @property
