@@ -1,0 +1,372 @@
+"""Pool + linear + softmax cross-entropy as one operator, `torch.ops.fastlocal.pool_linear_cross_entropy`.
+
+The loss is a scalar, so its gradients are taken with it: they are small ([N, C], [K, C] and [K]), and neither the
+logits nor an expanded gradient of the pool outlive the call. The autograd form multiplies them by the incoming
+gradient, the value-and-grad form returns them. No implementation reads a value back to the host.
+
+Deterministic on every backend. Specification: fastlocal/reference/pool_linear_cross_entropy.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlocal.errors import ArgumentError
+from fastlocal.ops import _dispatch
+from fastlocal.reference.pool_linear_cross_entropy import POOLS, closed_form, expand_gradient, pooled_dims, wide_dtype
+
+NAME = "pool_linear_cross_entropy"
+MAX_TRITON_CLASSES = 1024  # a row of logits lives in registers
+FUSED_WEIGHT = 1 << 16  # up to so many elements each Triton program reads the whole weight; beyond, cuBLAS does
+COUNT_ROWS = 4096  # up to so many rows each Triton program counts those that are not ignored itself
+
+_library = torch.library.Library("fastlocal", "FRAGMENT")
+# needs: which of grad_pooled [N, C] (of one position of x), grad_weight [K, C] and grad_bias [K] to compute; the others
+# come back as empty tensors. wide_grads: gradients in the dtype of the arithmetic, not of what they belong to, so that
+# multiplying them by a loss scale later rounds once only.
+_library.define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor target, str pool, float label_smoothing, int ignore_index, "
+    "float grad_scale, bool[3] needs, bool wide_grads, str impl) "
+    "-> (Tensor loss, Tensor correct, Tensor grad_pooled, Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_operator = getattr(torch.ops.fastlocal, NAME).default
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def pool_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    pool: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of a linear layer on pooled features, once differentiable in x, weight and bias.
+
+    Args:
+        x: features, [N, C, *spatial] for pool="mean", [N, T, C] for "tokens", [N, C] for "none"; any strides.
+        weight: [K, C]. float16, bfloat16 and float32 may be mixed with those of x; float64 only with float64.
+        bias: [K] or None.
+        target: class indices, int64 [N], or probabilities, floating [N, K] (no gradient).
+        label_smoothing: in [0, 1].
+        ignore_index: rows with this class index count neither in the loss nor in `correct`.
+        impl: a backend for this call; None takes that of `fastlocal.backend`.
+
+    Returns:
+        loss [], the mean over the rows that count, in float32 (float64 for float64 input), and correct [], int64,
+        the number of these rows whose largest logit is the target's. The gradient of x is a stride-0 view.
+        With no row that counts the loss is nan and the gradients are zero, as in F.cross_entropy. A class index out
+        of range raises IndexError on the CPU; on a GPU the loss becomes nan or a device-side assert fires.
+
+    Raises:
+        ArgumentError: shapes, dtypes or options that do not fit.
+        BackendError: `impl` cannot serve the call.
+    """
+    _check(x, weight, bias, target, pool, label_smoothing, ignore_index, impl)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Function.apply(x, weight, bias, target, pool, label_smoothing, ignore_index, impl or "auto")
+    return _operator(
+        x, weight, bias, target, pool, label_smoothing, ignore_index, 1.0, [False] * 3, True, impl or "auto"
+    )[:2]
+
+
+def pool_linear_cross_entropy_value_and_grad(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    pool: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    grad_scale: float = 1.0,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The same with its gradients, without autograd.
+
+    Args:
+        grad_scale: multiplies the gradients, not the loss; a power of two keeps float16 gradients from underflow.
+        The others are those of `pool_linear_cross_entropy`.
+
+    Returns:
+        loss [], correct [], grad_x (x.shape and x.dtype, a stride-0 view over the pooled positions: do not write to
+        it), grad_weight [K, C] and grad_bias [K] (None without a bias), each in the dtype of its parameter.
+
+    Raises:
+        As `pool_linear_cross_entropy`.
+    """
+    _check(x, weight, bias, target, pool, label_smoothing, ignore_index, impl)
+    needs = [True, True, bias is not None]
+    with torch.no_grad():
+        loss, correct, grad_pooled, grad_weight, grad_bias = _operator(
+            x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs, False, impl or "auto"
+        )
+        grad_x = expand_gradient(grad_pooled, x.shape, pool)
+    return loss, correct, grad_x, grad_weight, None if bias is None else grad_bias
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, target, pool, label_smoothing, ignore_index, impl):
+        loss, correct, *grads = _operator(
+            x,
+            weight,
+            bias,
+            target,
+            pool,
+            label_smoothing,
+            ignore_index,
+            1.0,
+            list(ctx.needs_input_grad[:3]),
+            True,
+            impl,
+        )
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(correct)
+        ctx.shape, ctx.pool = x.shape, pool
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        # Cast after the product: under a loss scale a float16 gradient rounds once, at its final size.
+        needed = ctx.needs_input_grad[:3]
+        scaled = iter(torch._foreach_mul([grad for grad, need in zip(ctx.saved_tensors, needed) if need], grad_loss))
+        grads = [next(scaled).to(dtype) if need else None for need, dtype in zip(needed, ctx.dtypes)]
+        if grads[0] is not None:
+            grads[0] = expand_gradient(grads[0], ctx.shape, ctx.pool)
+        return *grads, None, None, None, None, None
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    pool: str,
+    label_smoothing: float,
+    ignore_index: int,
+    impl: str | None,
+) -> None:
+    if pool not in POOLS:
+        raise ArgumentError(f"pool={pool!r} is not one of {', '.join(map(repr, POOLS))}")
+    wanted = {"mean": "[N, C, *spatial]", "tokens": "[N, T, C]", "none": "[N, C]"}[pool]
+    if not (x.dim() >= 3 if pool == "mean" else x.dim() == (3 if pool == "tokens" else 2)):
+        raise ArgumentError(f"x has shape {list(x.shape)}; pool={pool!r} takes {wanted}")
+    if math.prod(x.shape[d] for d in pooled_dims(x, pool)) == 0:
+        raise ArgumentError(f"x has shape {list(x.shape)}: there is no position to pool; give at least one")
+    channels = x.shape[2] if pool == "tokens" else x.shape[1]
+    if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] == 0:
+        raise ArgumentError(f"weight has shape {list(weight.shape)}; x {list(x.shape)} takes [K, {channels}], K >= 1")
+    classes = weight.shape[0]
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != classes):
+        raise ArgumentError(f"bias has shape {list(bias.shape)}; weight {list(weight.shape)} takes [{classes}] or None")
+
+    dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
+    low = (torch.float16, torch.bfloat16, torch.float32)
+    if not (all(d in low for d in dtypes) or all(d == torch.float64 for d in dtypes)):
+        raise ArgumentError(f"x, weight, bias are {dtypes}; give float16, bfloat16 or float32 throughout, or float64")
+    if target.is_floating_point():
+        if target.dim() != 2 or target.shape[0] != x.shape[0] or target.shape[1] != classes:
+            raise ArgumentError(
+                f"target has shape {list(target.shape)}; probabilities for x {list(x.shape)} and weight "
+                f"{list(weight.shape)} are [{x.shape[0]}, {classes}]"
+            )
+        if ignore_index >= 0:
+            raise ArgumentError(
+                f"ignore_index={ignore_index} needs class indices, but target holds probabilities; drop it or give "
+                "target as int64 [N]"
+            )
+        if target.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(
+                "target requires grad, and this operator has no gradient for it; detach it, or call "
+                "fastlocal.reference.pool_linear_cross_entropy, which has one"
+            )
+    elif target.dtype != torch.int64:
+        raise ArgumentError(f"target is {target.dtype}; give int64 class indices (target.long()) or probabilities")
+    elif target.dim() != 1 or target.shape[0] != x.shape[0]:
+        raise ArgumentError(
+            f"target has shape {list(target.shape)}; class indices for x {list(x.shape)} are [{x.shape[0]}]"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ArgumentError(f"label_smoothing={label_smoothing} is outside [0, 1]")
+    for name, t in (("weight", weight), ("bias", bias), ("target", target)):
+        if t is not None and t.device != x.device:
+            raise ArgumentError(f"{name} is on {t.device} and x on {x.device}; move them to one device")
+    if impl is not None:
+        _dispatch.check_backend(impl, "impl")
+
+
+class Signature(NamedTuple):
+    """All that the choice of a backend depends on."""
+
+    device: str
+    triton: str | None
+    dtypes: tuple[torch.dtype, ...]
+    classes: int
+
+
+def _signature(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, **_: Any) -> Signature:
+    device, triton = _dispatch.platform(x.device)
+    dtypes = (x.dtype, weight.dtype) if bias is None else (x.dtype, weight.dtype, bias.dtype)
+    return Signature(device, triton, (*dtypes, target.dtype), weight.shape[0])
+
+
+def _reject_triton(s: Signature) -> str | None:
+    if s.triton is not None:
+        return s.triton
+    if s.classes > MAX_TRITON_CLASSES:
+        return f"{s.classes} classes; the kernel keeps a row of at most {MAX_TRITON_CLASSES} in registers"
+    if torch.float64 in s.dtypes:
+        return "float64; the kernel accumulates in float32"
+    if s.device == "cpu" and torch.bfloat16 in s.dtypes:
+        return "bfloat16, which the Triton interpreter computes wrongly; give float32"
+    return None
+
+
+_dispatch.register(
+    NAME,
+    _signature,
+    [
+        _dispatch.Candidate("triton", _reject_triton),
+        _dispatch.Candidate("aten", lambda s: None),
+        _dispatch.Candidate("reference", lambda s: None),
+    ],
+)
+
+
+def _fused(weight: Tensor) -> bool:
+    return weight.numel() <= FUSED_WEIGHT
+
+
+def _counts_in_kernel(target: Tensor) -> bool:
+    return target.is_floating_point() or target.shape[0] <= COUNT_ROWS
+
+
+def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Kernels that one call of torch.ops.fastlocal.pool_linear_cross_entropy launches where Triton serves it."""
+    names = [argument.name for argument in _operator._schema.arguments]
+    call = dict(zip(names, args)) | kwargs
+    x, weight, bias, target, needs = (call[name] for name in ("x", "weight", "bias", "target", "needs"))
+    launches = 2 + needs[1] + 2 * (not _counts_in_kernel(target))  # rows, sums, weight gradient, count
+    if not _fused(weight):
+        launches += 2 + needs[0]  # pool, logits, gradient of the pool
+        launches += sum(t is not None and t.dtype != torch.float32 for t in (weight, bias))
+    if not call["wide_grads"]:
+        launches += sum(need and t.dtype != torch.float32 for need, t in zip(needs, (x, weight, bias)))
+    return launches
+
+
+def _run(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs, wide_grads, impl) -> Result:
+    chosen = _dispatch.choose(NAME, _signature(x, weight, bias, target), impl)
+    args = (x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale)
+    if chosen == "triton":
+        from fastlocal.triton_kernels import pool_linear_cross_entropy as kernels  # Triton is optional
+
+        loss, correct, *grads = kernels.launch(*args, needs, _fused(weight), _counts_in_kernel(target))
+    elif chosen == "aten":
+        loss, correct, *grads = _aten(*args, needs)
+    else:
+        loss, correct, *grads = closed_form(*args)
+    out = [
+        grad.to(wide_dtype(x, weight) if wide_grads or like is None else like.dtype) if needed else x.new_empty(0)
+        for grad, like, needed in zip(grads, (x, weight, bias), needs)
+    ]
+    return loss, correct, out[0], out[1], out[2]
+
+
+def _fake(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs, wide_grads, impl) -> Result:
+    wide = wide_dtype(x, weight)
+    shapes = ((x.shape[0], weight.shape[1]), weight.shape, weight.shape[:1])
+    grads = [
+        x.new_empty(shape, dtype=wide if wide_grads or like is None else like.dtype) if needed else x.new_empty(0)
+        for shape, like, needed in zip(shapes, (x, weight, bias), needs)
+    ]
+    return x.new_empty((), dtype=wide), x.new_empty((), dtype=torch.int64), grads[0], grads[1], grads[2]
+
+
+def _without_autocast(*args) -> Result:
+    # Inside, every step has the dtype it should have: autocast would put the logits in half precision.
+    with torch.autocast(args[0].device.type, enabled=False):
+        return _operator(*args)
+
+
+_library.impl(NAME, _run, "CompositeExplicitAutograd")  # every device: _dispatch looks at where the tensors are
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl(NAME, _without_autocast, _key)
+torch.library.register_fake(f"fastlocal::{NAME}", _fake, lib=_library)
+
+
+def _aten(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs):
+    """The closed form in as few ATen calls as it takes: the divisions ride on the matrix products."""
+    wide = wide_dtype(x, weight)
+    rows, classes = x.shape[0], weight.shape[0]
+    dims = pooled_dims(x, pool)
+    scale = 1.0 / math.prod(x.shape[d] for d in dims)
+    summed = _sum(x, dims, wide) if dims else x.to(wide)
+    wide_weight = weight.to(wide)
+    if bias is None:
+        logits = _scaled_mm(summed, wide_weight.t(), scale)
+    else:
+        logits = torch.addmm(bias.to(wide), summed, wide_weight.t(), alpha=scale)
+    log_probs = torch.log_softmax(logits, 1)
+    guess = logits.argmax(1)
+    backward = any(needs)
+
+    if target.is_floating_point():
+        wanted = target.to(wide)
+        if label_smoothing:
+            wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
+        loss = (wanted * log_probs).sum() / -rows
+        correct = (guess == target.argmax(1)).sum()
+        grad = wanted * (-grad_scale / max(rows, 1)) if backward else None
+    else:
+        loss, total = torch.ops.aten.nll_loss_forward(log_probs, target, None, 1, ignore_index)
+        hits = guess == target
+        if 0 <= ignore_index < classes:  # elsewhere no guess can equal it
+            hits = hits & (target != ignore_index)
+        correct = hits.sum()
+        if backward:
+            one = torch.full((), grad_scale * (1 - label_smoothing), dtype=wide, device=x.device)
+            grad = torch.ops.aten.nll_loss_backward(one, log_probs, target, None, 1, ignore_index, total)
+        if label_smoothing:
+            share = (target != ignore_index).to(wide) / total.clamp(min=1)
+            loss = (1 - label_smoothing) * loss - label_smoothing / classes * (log_probs.sum(1) @ share)
+            if backward:
+                grad.sub_(share[:, None], alpha=grad_scale * label_smoothing / classes)
+    if not backward:
+        return loss, correct, None, None, None
+    grad_logits = torch.ops.aten._log_softmax_backward_data(grad, log_probs, 1, wide)
+    return (
+        loss,
+        correct,
+        _scaled_mm(grad_logits, wide_weight, scale) if needs[0] else None,
+        _scaled_mm(grad_logits.t(), summed, scale) if needs[1] else None,
+        grad_logits.sum(0) if needs[2] else None,
+    )
+
+
+def _sum(x: Tensor, dims: tuple[int, ...], wide: torch.dtype) -> Tensor:
+    # The CPU's sum into another dtype first converts the whole input (2 to 5 times the time); its bfloat16 sum
+    # accumulates in float32 and rounds once. A float16 sum could overflow.
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return x.sum(dims).to(wide)
+    return x.sum(dims, dtype=wide)
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    if scale == 1.0:
+        return torch.mm(a, b)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # beta=0: the first argument is never read

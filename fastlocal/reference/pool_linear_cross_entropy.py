@@ -1,0 +1,161 @@
+"""Pool, linear layer and softmax cross-entropy: the specification of the smallest auxiliary head.
+
+    pooled = mean of x over positions     logits = pooled W^T + b     loss = mean of CE over the rows that count
+
+Everything after the pool is computed in at least float32, whatever the dtype of the features and the parameters.
+A mean over no rows (an empty batch, or every target ignored) is nan with zero gradients, as in
+`torch.nn.functional.cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlocal.errors import ArgumentError
+
+POOLS = ("mean", "tokens", "none")
+
+
+def wide_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic after the pool: float64 if an input is, else float32."""
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
+def pooled_dims(x: Tensor, pool: str) -> tuple[int, ...]:
+    """The dimensions of `x` that `pool` averages: "mean" [N, C, *spatial], "tokens" [N, T, C], "none" [N, C]."""
+    if pool == "mean":
+        return tuple(range(2, x.dim()))
+    if pool == "tokens":
+        return (1,)
+    if pool == "none":
+        return ()
+    raise ArgumentError(f"pool={pool!r} is not one of {', '.join(map(repr, POOLS))}")
+
+
+def pool_features(x: Tensor, pool: str, dtype: torch.dtype) -> Tensor:
+    """Mean over the pooled dimensions, [N, C] in `dtype`.
+
+    The sum is divided, not the input: autograd then divides the small gradient before it expands it, and hands back a
+    stride-0 view where `x.mean(...)` would write a gradient of the size of `x`.
+    """
+    dims = pooled_dims(x, pool)
+    if not dims:
+        return x.to(dtype)
+    return x.sum(dims, dtype=dtype) / math.prod(x.shape[d] for d in dims)
+
+
+def expand_gradient(grad_pooled: Tensor, shape: torch.Size, pool: str) -> Tensor:
+    """The gradient of one position, [N, C], as a stride-0 view of the features' shape."""
+    if pool == "none":
+        return grad_pooled
+    if pool == "tokens":
+        return grad_pooled[:, None, :].expand(shape)
+    return grad_pooled[(...,) + (None,) * (len(shape) - 2)].expand(shape)
+
+
+def count_correct(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """How many rows the largest logit gets right, int64 []; ignored rows are never right."""
+    guess = logits.argmax(1)
+    if target.is_floating_point():
+        return (guess == target.argmax(1)).sum()
+    return ((guess == target) & (target != ignore_index)).sum()
+
+
+def pool_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    pool: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """Loss and number of correct rows, differentiable to any order.
+
+    Args:
+        x: features, [N, C, *spatial] ("mean"), [N, T, C] ("tokens") or [N, C] ("none").
+        weight: [K, C].
+        bias: [K] or None.
+        target: class indices, int64 [N], or probabilities, floating [N, K].
+
+    Returns:
+        loss [] (float64 for float64 input, else float32) and correct [] (int64).
+    """
+    wide = wide_dtype(x, weight)
+    logits = F.linear(pool_features(x, pool, wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return _loss(logits, target, label_smoothing, ignore_index), count_correct(logits, target, ignore_index)
+
+
+def pool_linear_cross_entropy_value_and_grad(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    pool: str = "mean",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    grad_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The same with the gradients of `grad_scale * loss`, in closed form.
+
+    Returns:
+        loss [], correct [], gradient of x (a stride-0 view, x.dtype), of weight [K, C] and of bias [K] (None without
+        one), each in the dtype of what it belongs to.
+    """
+    loss, correct, grad_pooled, grad_weight, grad_bias = closed_form(
+        x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale
+    )
+    grad_x = expand_gradient(grad_pooled.to(x.dtype), x.shape, pool)
+    return loss, correct, grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
+
+
+def closed_form(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    pool: str,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, correct, and the gradients of one position [N, C], of the weight and of the bias, all in the wide dtype."""
+    wide = wide_dtype(x, weight)
+    classes = weight.shape[0]
+    pooled = pool_features(x, pool, wide)
+    logits = F.linear(pooled, weight.to(wide), None if bias is None else bias.to(wide))
+
+    loss = _loss(logits, target, label_smoothing, ignore_index)
+
+    # The distribution that each row should have; all zero where the row is ignored.
+    if target.is_floating_point():
+        counts = torch.ones_like(target[:, 0], dtype=torch.bool)
+        wanted = target.to(wide)
+    else:
+        counts = target != ignore_index
+        wanted = torch.zeros_like(logits).scatter(1, target.where(counts, 0)[:, None], 1.0)
+    wanted = (wanted * (1 - label_smoothing) + label_smoothing / classes) * counts[:, None]
+
+    # d/dlogits of -sum(wanted * log_softmax(logits)); the rows of `wanted` need not sum to one.
+    grad_logits = logits.softmax(1) * wanted.sum(1, keepdim=True) - wanted
+    grad_logits = grad_logits * (grad_scale / counts.sum().clamp(min=1).to(wide))
+    positions = math.prod(x.shape[d] for d in pooled_dims(x, pool))
+    return (
+        loss,
+        count_correct(logits, target, ignore_index),
+        grad_logits @ weight.to(wide) / positions,
+        grad_logits.T @ pooled,
+        grad_logits.sum(0),
+    )
+
+
+def _loss(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
+    if target.is_floating_point():
+        return F.cross_entropy(logits, target.to(logits.dtype), label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing)

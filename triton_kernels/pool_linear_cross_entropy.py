@@ -1,0 +1,329 @@
+"""Pool + linear + softmax cross-entropy with its gradients: one program per row, the row of classes in registers.
+
+Two routes. A small weight is read by every program: pool, logits, loss and both row gradients are one kernel. A large
+one belongs to cuBLAS: the library pools and multiplies, the same kernel starts from the logits. A second kernel sums
+over the rows. Float32 accumulation, no atomics: results are bit-reproducible. Nothing is read back to the host, every
+output element is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Left to itself, ptxas spills a register or two here to fit one block more; two of 256 threads are enough.
+OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
+
+
+class Config(NamedTuple):
+    """Launch configuration of the row kernel: block sizes (powers of two) and warps."""
+
+    block_k: int
+    block_c: int
+    block_s: int
+    warps: int
+
+
+def config(channels: int, positions: int, classes: int, channels_last: bool) -> Config:
+    """Pure choice of the launch configuration.
+
+    Tiles hold at most 4096 elements (16 registers a thread at 8 warps) and lie along the contiguous dimension.
+    """
+    block_k = triton.next_power_of_2(classes)
+    c, s = triton.next_power_of_2(channels), triton.next_power_of_2(positions)
+    widest = 4096 // block_k
+    if channels_last:
+        block_c = min(c, 256, widest)
+        block_s = min(s, max(1, 4096 // block_c))
+    else:
+        block_s = min(s, 512)
+        block_c = min(c, widest, max(1, 4096 // block_s))
+    warps = 8 if max(block_k, block_s) * block_c > 2048 else 4
+    return Config(block_k, block_c, block_s, warps)
+
+
+@triton.jit
+def pool_linear_cross_entropy_fwd_kernel(
+    x,
+    weight,
+    bias,
+    target,
+    logits,  # [N, K], read instead of x, weight and bias where FUSED is false
+    counted,  # [] how many rows are not ignored, read where COUNT is false
+    pooled,  # [N, C]
+    grad_logits,  # [N, K]
+    grad_pooled,  # [N, C], of one position
+    losses,  # [N]
+    hits,  # [N] int32
+    N,
+    S,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    stride_wk,
+    stride_wc,
+    stride_b,
+    stride_tn,
+    stride_tk,
+    ignore_index,
+    label_smoothing,
+    grad_scale,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    FUSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    COUNT: tl.constexpr,
+    NEED_POOLED: tl.constexpr,
+    NEED_GRAD_LOGITS: tl.constexpr,
+    NEED_GRAD_POOLED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    p_k = o_k.to(tl.int64)
+
+    if FUSED:
+        b_logits = tl.zeros([BLOCK_K], dtype=tl.float32)
+        if HAS_BIAS:
+            b_logits += tl.load(bias + p_k * stride_b, mask=m_k, other=0.0).to(tl.float32)
+        for c in range(0, C, BLOCK_C):
+            o_c = c + tl.arange(0, BLOCK_C)
+            m_c = o_c < C
+            p_c = o_c.to(tl.int64)
+            b_sum = tl.zeros([BLOCK_C, BLOCK_S], dtype=tl.float32)
+            for s in range(0, S, BLOCK_S):
+                o_s = s + tl.arange(0, BLOCK_S)
+                p_x = x + n * stride_xn + p_c[:, None] * stride_xc + o_s.to(tl.int64)[None, :] * stride_xs
+                b_sum += tl.load(p_x, mask=m_c[:, None] & (o_s < S)[None, :], other=0.0).to(tl.float32)  # [BC, BS]
+            b_pooled = tl.sum(b_sum, axis=1) / S
+            if NEED_POOLED:
+                tl.store(pooled + n * C + o_c, b_pooled, mask=m_c)
+            p_w = weight + p_k[:, None] * stride_wk + p_c[None, :] * stride_wc
+            b_weight = tl.load(p_w, mask=m_k[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BK, BC]
+            b_logits += tl.sum(b_weight * b_pooled[None, :], axis=1)
+    else:
+        b_logits = tl.load(logits + n * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+
+    b_logits = tl.where(m_k, b_logits, -float("inf"))
+    guess = tl.argmax(b_logits, axis=0)
+    b_shifted = b_logits - tl.max(b_logits, axis=0)
+    b_exp = tl.exp(b_shifted)
+    total = tl.sum(b_exp, axis=0)
+    b_log_prob = b_shifted - tl.log(total)
+
+    if PROBABILITIES:
+        b_wanted = tl.load(target + n * stride_tn + p_k * stride_tk, mask=m_k, other=0.0).to(tl.float32)
+        hit = guess == tl.argmax(tl.where(m_k, b_wanted, -float("inf")), axis=0)
+        b_wanted = tl.where(m_k, b_wanted * (1.0 - label_smoothing) + label_smoothing / K, 0.0)
+        mass = tl.sum(b_wanted, axis=0)
+        valid = n < N  # always
+        count = N * 1.0
+    else:
+        label = tl.load(target + n * stride_tn)
+        valid = label != ignore_index
+        hit = valid & (guess == label)
+        b_wanted = tl.where(p_k == label, 1.0 - label_smoothing, 0.0) + label_smoothing / K
+        # A class that does not exist makes the loss and the gradients nan: never a silent number.
+        b_wanted = tl.where((label >= 0) & (label < K), b_wanted, float("nan"))
+        b_wanted = tl.where(m_k, b_wanted, 0.0)
+        mass = 1.0
+        if COUNT:
+            b_count = tl.zeros([BLOCK_N], dtype=tl.int32)
+            for i in range(0, N, BLOCK_N):
+                o_n = i + tl.arange(0, BLOCK_N)
+                b_label = tl.load(target + o_n.to(tl.int64) * stride_tn, mask=o_n < N, other=ignore_index)
+                b_count += (b_label != ignore_index).to(tl.int32)
+            count = tl.sum(b_count, axis=0).to(tl.float32)
+        else:
+            count = tl.load(counted).to(tl.float32)
+
+    # A class of no weight costs nothing, also where its probability is zero.
+    loss = -tl.sum(tl.where(b_wanted != 0.0, b_wanted * b_log_prob, 0.0), axis=0)
+    tl.store(losses + n, tl.where(valid, loss, 0.0))
+    tl.store(hits + n, hit.to(tl.int32))
+
+    if NEED_GRAD_LOGITS or NEED_GRAD_POOLED:
+        b_grad = (b_exp / total * mass - b_wanted) * (grad_scale / count)
+        b_grad = tl.where(valid & m_k, b_grad, 0.0)
+        if NEED_GRAD_LOGITS:
+            tl.store(grad_logits + n * K + o_k, b_grad, mask=m_k)
+        if NEED_GRAD_POOLED:
+            for c in range(0, C, BLOCK_C):
+                o_c = c + tl.arange(0, BLOCK_C)
+                m_c = o_c < C
+                p_w = weight + p_k[:, None] * stride_wk + o_c.to(tl.int64)[None, :] * stride_wc
+                b_weight = tl.load(p_w, mask=m_k[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BK, BC]
+                tl.store(grad_pooled + n * C + o_c, tl.sum(b_weight * b_grad[:, None], axis=0) / S, mask=m_c)
+
+
+@triton.jit
+def pool_linear_cross_entropy_reduce_kernel(
+    target,
+    losses,
+    hits,
+    grad_logits,
+    loss,
+    correct,
+    grad_bias,
+    N,
+    K,
+    stride_tn,
+    ignore_index,
+    PROBABILITIES: tl.constexpr,
+    NEED_GRAD_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid == 0:
+        b_loss = tl.zeros([BLOCK_N], dtype=tl.float32)
+        b_hits = tl.zeros([BLOCK_N], dtype=tl.int64)
+        b_count = tl.zeros([BLOCK_N], dtype=tl.int32)
+        for i in range(0, N, BLOCK_N):
+            o_n = i + tl.arange(0, BLOCK_N)
+            m_n = o_n < N
+            b_loss += tl.load(losses + o_n, mask=m_n, other=0.0)
+            b_hits += tl.load(hits + o_n, mask=m_n, other=0).to(tl.int64)
+            if not PROBABILITIES:
+                b_label = tl.load(target + o_n.to(tl.int64) * stride_tn, mask=m_n, other=ignore_index)
+                b_count += (b_label != ignore_index).to(tl.int32)
+        count = N * 1.0 if PROBABILITIES else tl.sum(b_count, axis=0).to(tl.float32)
+        # 0 / 0 is nan where no row counts, as in F.cross_entropy.
+        tl.store(loss, tl.sum(b_loss, axis=0) / count)
+        tl.store(correct, tl.sum(b_hits, axis=0))
+    if NEED_GRAD_BIAS:
+        o_k = pid * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        b_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        for i in range(0, N, BLOCK_N):
+            o_n = (i + tl.arange(0, BLOCK_N)).to(tl.int64)
+            m = (o_n < N)[:, None] & m_k[None, :]
+            b_sum += tl.load(grad_logits + o_n[:, None] * K + o_k[None, :], mask=m, other=0.0)  # [BN, BK]
+        tl.store(grad_bias + o_k, tl.sum(b_sum, axis=0), mask=m_k)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    pool: str,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_scale: float,
+    needs: Sequence[bool],
+    fused: bool,
+    count_in_kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Loss [] float32, correct [] int64, and where needed the gradients of one position [N, C], of the weight [K, C]
+    and of the bias [K], all float32. Arguments as checked by fastlocal.ops.pool_linear_cross_entropy.
+
+    fused: pool and linear inside the row kernel, or in the library's kernels before it.
+    count_in_kernel: each program counts the rows that are not ignored itself, or reads the number.
+    """
+    if pool == "tokens":
+        x = x.transpose(1, 2)
+    else:
+        x = x.flatten(2) if pool == "mean" else x[:, :, None]  # [N, C, S]; copies only where no one stride fits
+    rows, channels, positions = x.shape
+    classes = weight.shape[0]
+    need_x, need_weight, need_bias = needs
+    cfg = config(channels, positions, classes, x.stride(1) == 1 and positions > 1)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    loss, correct = empty(), empty(dtype=torch.int64)
+    losses, hits = empty(rows), empty(rows, dtype=torch.int32)
+    grad_bias = empty(classes) if need_bias else None
+    probabilities = target.is_floating_point()
+    if fused:
+        logits = None
+        pooled = empty(rows, channels) if need_weight else None
+        grad_pooled = empty(rows, channels) if need_x else None
+        grad_logits = empty(rows, classes) if need_weight or need_bias else None
+    else:
+        pooled = x.mean(2, dtype=torch.float32)  # no autograd here, so the mean's dense gradient never exists
+        wide_weight = weight.float()
+        logits = pooled @ wide_weight.t() if bias is None else torch.addmm(bias.float(), pooled, wide_weight.t())
+        grad_pooled = None
+        grad_logits = logits if any(needs) else None  # in place: a program reads its row before it writes it
+
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if rows:
+            pool_linear_cross_entropy_fwd_kernel[(rows,)](
+                x,
+                weight,
+                bias,
+                target,
+                logits,
+                None if count_in_kernel or probabilities else (target != ignore_index).sum(),
+                pooled,
+                grad_logits,
+                grad_pooled,
+                losses,
+                hits,
+                rows,
+                positions,
+                *x.stride(),
+                *weight.stride(),
+                0 if bias is None else bias.stride(0),
+                target.stride(0),
+                target.stride(1) if probabilities else 0,
+                ignore_index,
+                label_smoothing,
+                grad_scale,
+                C=channels,
+                K=classes,
+                FUSED=fused,
+                HAS_BIAS=bias is not None,
+                PROBABILITIES=probabilities,
+                COUNT=count_in_kernel,
+                NEED_POOLED=fused and need_weight,
+                NEED_GRAD_LOGITS=grad_logits is not None,
+                NEED_GRAD_POOLED=grad_pooled is not None,
+                BLOCK_K=cfg.block_k,
+                BLOCK_C=cfg.block_c,
+                BLOCK_S=cfg.block_s,
+                BLOCK_N=512,
+                num_warps=cfg.warps,
+                **OPTIONS,
+            )
+        block_k = min(64, cfg.block_k)
+        pool_linear_cross_entropy_reduce_kernel[(triton.cdiv(classes, block_k) if need_bias else 1,)](
+            target,
+            losses,
+            hits,
+            grad_logits,
+            loss,
+            correct,
+            grad_bias,
+            rows,
+            classes,
+            target.stride(0),
+            ignore_index,
+            PROBABILITIES=probabilities,
+            NEED_GRAD_BIAS=need_bias,
+            BLOCK_N=min(512, 4096 // block_k),
+            BLOCK_K=block_k,
+            num_warps=4,
+            **OPTIONS,
+        )
+    grad_weight = None
+    if grad_logits is not None:
+        if need_x and not fused:
+            grad_pooled = torch.addmm(empty(), grad_logits, wide_weight, beta=0, alpha=1.0 / positions)
+        if need_weight and pooled is not None:
+            grad_weight = torch.mm(grad_logits.t(), pooled)
+    return loss, correct, grad_pooled, grad_weight, grad_bias
