@@ -196,6 +196,11 @@ class LocalModel(nn.Module):
             self._scales[key] = LossScale(len(self.blocks), param.device)
         return self._scales[key]
 
+    @property
+    def config(self) -> Any:
+        """The backbone's own, for trainers that read it (Hugging Face's); AttributeError where it has none."""
+        return self.backbone.config
+
     # --- the trained network -----------------------------------------------------------------------------------------
 
     def export(self, readout: bool = False) -> nn.Module:
