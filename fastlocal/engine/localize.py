@@ -51,7 +51,7 @@ def localize(
         method: name of a method (`fastlocal.list_methods`) or a `Method`.
         blocks: how many (cut where the dearest block is cheapest, by the multiply-accumulates measured on the sample), the
             names of modules to cut after, or ``"auto"``: the fewest that keep a step within ``memory_budget`` (tried are all
-            counts up to 8, then steps of a quarter, then what lies between the last two). The count is the paper's K:
+            counts up to 16, then steps of a quarter, then what lies between the last two). The count is the paper's K:
             AugLocal trains the last d+1 of them together. ``method="bp"`` takes one.
         sample: a small batch (2 rows are enough): the input tensor, or any batch that training will see.
         criterion: the task loss ``(logits, target) -> 0-dim``; default cross-entropy over class indices or probabilities,
@@ -370,7 +370,7 @@ class _Builder:
         measure_units(self.net, units, self.args, self.kwargs)
         count = len(units.names)
         coarse = sorted(
-            {1, count, *range(2, min(count, 8) + 1), *(int(8 * 1.25**i) for i in range(1, 40) if 8 * 1.25**i < count)}
+            {count, *range(1, min(count, 16) + 1), *(int(16 * 1.25**i) for i in range(1, 40) if 16 * 1.25**i < count)}
         )
         tried: dict[int, int] = {}  # blocks -> predicted bytes
         error: ArgumentError | None = None
