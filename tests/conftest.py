@@ -14,6 +14,8 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
+    for item in marked:
+        item.user_properties.append(("gpu", True))  # reports carry these, also from the workers of xdist
     if marked and not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
@@ -23,7 +25,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     count = {}
     for outcome in ("passed", "failed", "skipped"):
         reports = terminalreporter.stats.get(outcome, [])
-        count[outcome] = sum("gpu" in getattr(report, "keywords", {}) for report in reports)
+        count[outcome] = sum(("gpu", True) in map(tuple, getattr(report, "user_properties", ())) for report in reports)
     terminalreporter.write_line(
         f"tests that need a GPU: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped"
     )
