@@ -39,7 +39,7 @@ def localize(
     mode: str = "paper",
     tied: Tied = "error",
     num_classes: int | None = None,
-    memory_budget: str | int | None = None,
+    memory_budget: str | float | None = None,
     budget_batch: int | None = None,
     **options: Any,
 ) -> LocalModel:
@@ -117,7 +117,7 @@ def localize(
     return builder.build(blocks)
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | float) -> int:
     """``"4GiB"``, ``"500 MB"`` or a number of bytes."""
     if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text) and text > 0:
         return int(text)
