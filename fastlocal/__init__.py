@@ -8,9 +8,14 @@ out = engine.step(x, y)
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlocal._version import __version__
+
+_ROOT = Path(__file__).resolve().parents[1]
+if (_ROOT / "csrc").is_dir():  # a source tree: bench/ and triton_kernels/ stand beside this package, not in it
+    __path__.append(str(_ROOT))
 
 _PUBLIC = {
     "localize": "fastlocal.engine.localize",

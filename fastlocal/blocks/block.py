@@ -94,6 +94,9 @@ class Block:
         """Backbone and head parameters of this block, under the names they have in `LocalModel`."""
         return [(slot.name, slot.value) for slot in (*self.slots, *self._head_slots)]  # type: ignore[misc]
 
+    def parameter_slots(self) -> tuple[Slot, ...]:
+        return (*self.slots, *self._head_slots)
+
     def parameters(self) -> list[nn.Parameter]:
         return [slot.value for slot in (*self.slots, *self._head_slots)]  # type: ignore[misc]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlocal.blocks.adapters import logits_of
 from fastlocal.blocks.batch import split_call
 from fastlocal.blocks.block import Block, start_backward
+from fastlocal.engine.cast import CastWeights
 from fastlocal.engine.guard import BatchCounts, Guard
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
@@ -36,7 +37,8 @@ class Engine:
         schedule: ``"sequential"``, or ``"auto"``, which is sequential today.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"`` (autocast; fp16 with one loss scale per block, on the device).
         graph: CUDA graphs, ``"auto"`` or ``"off"``; ``"auto"`` is off today.
-        backend: ``"auto"`` lets block optimizers take PyTorch's fused step; ``"reference"`` leaves everything plain.
+        backend: ``"auto"`` lets block optimizers take PyTorch's fused step, and casts a block's weights together under autocast;
+            ``"reference"`` leaves everything plain.
         update: ``"immediate"`` steps a block and frees its gradients at once; ``"end"`` steps all blocks after the last backward,
             or none: a step that fails or turns non-finite changes nothing, BatchNorm statistics included.
         deterministic: one random stream per block, keyed by (seed, block), and PyTorch's deterministic algorithms.
@@ -112,6 +114,7 @@ class Engine:
         )
         self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
         self._one = torch.ones((), device=self.device)
+        self._cast = CastWeights(model.blocks, self._dtype) if self._dtype and backend == "auto" else None
         self._streams: list[list[Tensor]] | None = None
         self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self._updated = 0  # blocks whose update is done in this step
@@ -165,6 +168,8 @@ class Engine:
                 losses.append(local.loss.detach())
                 hits.add(local.logits)
                 block.backward(h, grad_out)
+                if self._cast:
+                    self._cast.leave()
                 self._finish(block, losses[-1])
             self._enter(k + 1)
             return h.detach()
@@ -180,6 +185,8 @@ class Engine:
             logits = logits_of(output).detach()
             hits.add(logits)
             start_backward(loss, ctx, self._scale(last))
+            if self._cast:
+                self._cast.leave()
             self._finish(model.blocks[last], losses[-1])
             self._leave(last)
             if self.update == "end":
@@ -241,6 +248,8 @@ class Engine:
         params = self._params[k] = block.parameters()
         for p in params:
             p.grad = None
+        if self._cast:
+            self._cast.enter(k)
         if self._streams is not None and block.random:
             _set_random_state(self._streams[k], self.device)
 
@@ -250,6 +259,8 @@ class Engine:
 
     def _undo(self, streams: list[list[Tensor]] | None) -> None:
         """After an exception: blocks that were not updated get their buffers back, and no gradient stays."""
+        if self._cast:
+            self._cast.leave()
         self._batch_counts.end()
         self._guard.end(self.steps, undo=range(0 if self.update == "end" else self._updated, len(self.model.blocks)))
         if self.update == "end":
