@@ -238,9 +238,7 @@ class _Builder:
     def _cuts(self, units: Units, blocks: int | list[str], names: list[str] | None) -> list[int]:
         count = len(units.names)
         if names is not None:
-            cuts = named_cuts(units, names)
-            self.method.prepare(len(cuts) + 1, count)
-            return cuts
+            return named_cuts(units, names)  # taken as they are: the last block is the tail
         assert isinstance(blocks, int)
         if not 1 <= blocks <= count:
             raise PartitionError(
