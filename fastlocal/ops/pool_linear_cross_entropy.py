@@ -9,7 +9,6 @@ Deterministic on every backend. Specification: fastlocal/reference/pool_linear_c
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
-from fastlocal.reference.pool_linear_cross_entropy import POOLS, closed_form, expand_gradient, pooled_dims, wide_dtype
+from fastlocal.reference.pool_linear_cross_entropy import (
+    POOLS,
+    closed_form,
+    expand_gradient,
+    pooled_dims,
+    positions,
+    wide_dtype,
+)
 
 NAME = "pool_linear_cross_entropy"
 MAX_TRITON_CLASSES = 1024  # a row of logits lives in registers
@@ -165,7 +171,7 @@ def _check(
     wanted = {"mean": "[N, C, *spatial]", "tokens": "[N, T, C]", "none": "[N, C]"}[pool]
     if not (x.dim() >= 3 if pool == "mean" else x.dim() == (3 if pool == "tokens" else 2)):
         raise ArgumentError(f"x has shape {list(x.shape)}; pool={pool!r} takes {wanted}")
-    if math.prod(x.shape[d] for d in pooled_dims(x, pool)) == 0:
+    if positions(x, pool) == 0:
         raise ArgumentError(f"x has shape {list(x.shape)}: there is no position to pool; give at least one")
     channels = x.shape[2] if pool == "tokens" else x.shape[1]
     if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] == 0:
@@ -314,7 +320,7 @@ def _aten(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_sca
     wide = wide_dtype(x, weight)
     rows, classes = x.shape[0], weight.shape[0]
     dims = pooled_dims(x, pool)
-    scale = 1.0 / math.prod(x.shape[d] for d in dims)
+    scale = 1.0 / positions(x, pool)
     summed = _sum(x, dims, wide) if dims else x.to(wide)
     wide_weight = weight.to(wide)
     if bias is None:

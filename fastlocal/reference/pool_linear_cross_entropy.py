@@ -9,8 +9,6 @@ A mean over no rows (an empty batch, or every target ignored) is nan with zero g
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +20,7 @@ POOLS = ("mean", "tokens", "none")
 
 def wide_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the arithmetic after the pool: float64 if an input is, else float32."""
-    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
 def pooled_dims(x: Tensor, pool: str) -> tuple[int, ...]:
@@ -36,6 +34,14 @@ def pooled_dims(x: Tensor, pool: str) -> tuple[int, ...]:
     raise ArgumentError(f"pool={pool!r} is not one of {', '.join(map(repr, POOLS))}")
 
 
+def positions(x: Tensor, pool: str) -> int:
+    """How many positions of `x` are averaged into one."""
+    count = 1
+    for dim in pooled_dims(x, pool):
+        count *= x.shape[dim]
+    return count
+
+
 def pool_features(x: Tensor, pool: str, dtype: torch.dtype) -> Tensor:
     """Mean over the pooled dimensions, [N, C] in `dtype`.
 
@@ -45,7 +51,7 @@ def pool_features(x: Tensor, pool: str, dtype: torch.dtype) -> Tensor:
     dims = pooled_dims(x, pool)
     if not dims:
         return x.to(dtype)
-    return x.sum(dims, dtype=dtype) / math.prod(x.shape[d] for d in dims)
+    return x.sum(dims, dtype=dtype) / positions(x, pool)
 
 
 def expand_gradient(grad_pooled: Tensor, shape: torch.Size, pool: str) -> Tensor:
@@ -145,11 +151,10 @@ def closed_form(
     # d/dlogits of -sum(wanted * log_softmax(logits)); the rows of `wanted` need not sum to one.
     grad_logits = logits.softmax(1) * wanted.sum(1, keepdim=True) - wanted
     grad_logits = grad_logits * (grad_scale / counts.sum().clamp(min=1).to(wide))
-    positions = math.prod(x.shape[d] for d in pooled_dims(x, pool))
     return (
         loss,
         count_correct(logits, target, ignore_index),
-        grad_logits @ weight.to(wide) / positions,
+        grad_logits @ weight.to(wide) / positions(x, pool),
         grad_logits.T @ pooled,
         grad_logits.sum(0),
     )

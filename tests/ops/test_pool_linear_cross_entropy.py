@@ -1,0 +1,442 @@
+import contextlib
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlocal import ops, reference
+from fastlocal.errors import ArgumentError, BackendError
+from fastlocal.ops import pool_linear_cross_entropy, pool_linear_cross_entropy_value_and_grad
+from tests.ops.cases import TARGETS, assert_within_error_rule, check, make, rival, to_double
+
+IMPLS = ("aten", "reference")
+OPERATOR = torch.ops.fastlocal.pool_linear_cross_entropy.default
+MODULE = sys.modules["fastlocal.ops.pool_linear_cross_entropy"]
+
+
+def value_and_grad(impl):
+    return lambda *args, **options: pool_linear_cross_entropy_value_and_grad(*args, impl=impl, **options)
+
+
+def through_autograd(impl):
+    def run(x, weight, bias, target, **options):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+        loss, correct = pool_linear_cross_entropy(*(*leaves, None)[:3], target, impl=impl, **options)
+        return loss, correct, *torch.autograd.grad(loss, leaves)
+
+    return run
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize("rows", [1, 3, 31, 63, 127])
+def test_ragged_sizes(rows, classes, impl):
+    for spatial, dtype, kind in itertools.product(
+        [(1, 1), (7, 7), (32, 32)], [torch.float32, torch.bfloat16, torch.float16], TARGETS
+    ):
+        channels = {1: 127, 7: 31, 32: 3}[spatial[0]]
+        args, options = make(rows, channels, spatial, classes, kind=kind, dtype=dtype, channels_last=rows in (3, 63))
+        check(value_and_grad(impl), args, f"{spatial} {dtype} {kind}", **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("pool, shape", [("mean", (4, 5, 6)), ("mean", (2, 3, 4, 5)), ("tokens", ()), ("none", ())])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pools_and_both_forms(pool, shape, kind, impl, bias):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        args, options = make(9, 7, shape, 5, kind=kind, dtype=dtype, bias=bias)
+        if pool == "tokens":
+            args = (torch.randn(9, 6, 7).to(dtype), *args[1:])
+        for form in (value_and_grad(impl), through_autograd(impl)):
+            check(form, args, f"{dtype}", pool=pool, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_dtype_and_gradient_view(dtype):
+    args, _ = make(4, 3, (8, 8), 5, dtype=dtype)
+    loss, correct, grad_x, grad_weight, grad_bias = pool_linear_cross_entropy_value_and_grad(*args)
+    assert loss.dtype == torch.float32 and correct.dtype == torch.int64
+    assert grad_x.shape == args[0].shape and grad_x.stride()[2:] == (0, 0)
+    assert {t.dtype for t in (grad_x, grad_weight, grad_bias)} == {dtype}
+    x = args[0].requires_grad_()
+    seen = []
+    (x * 1).register_hook(seen.append)
+    hooked = x * 1
+    hooked.register_hook(seen.append)
+    pool_linear_cross_entropy(hooked, *args[1:])[0].backward()
+    assert seen[0].stride()[2:] == (0, 0) and seen[0].dtype == dtype
+    assert not pool_linear_cross_entropy(hooked, *args[1:])[1].requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mixed_dtypes(impl):
+    """Half precision features with float32 parameters, as under autocast."""
+    args, _ = make(8, 6, (4, 4), 5, dtype=torch.bfloat16)
+    wide = (args[0], args[1].float(), args[2].float(), args[3])
+    truth = rival(to_double(wide))
+    got = pool_linear_cross_entropy_value_and_grad(*wide, impl=impl)
+    assert [t.dtype for t in got] == [torch.float32, torch.int64, torch.bfloat16, torch.float32, torch.float32]
+    for g, s, t in zip(got, rival(args), truth):
+        if g.dtype != torch.int64:
+            assert_within_error_rule(g, s, t, str(g.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    x, weight, bias, target = make(8, 6, (4, 4), 5)[0]
+    x = x.to(dtype)
+    plain = pool_linear_cross_entropy_value_and_grad(x, weight, bias, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = pool_linear_cross_entropy_value_and_grad(x, weight, bias, target)
+    for a, b in zip(plain, inside):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
+def test_partial_gradients(needs, impl):
+    args, _ = make(6, 5, (3, 3), 4)
+    expected = rival(args)
+    leaves = [t.clone().requires_grad_(need) for t, need in zip(args[:3], needs)]
+    loss, correct = pool_linear_cross_entropy(*leaves, args[3], impl=impl)
+    assert correct.item() == expected[1].item()
+    assert loss.requires_grad == any(needs)
+    if any(needs):
+        loss.backward()
+    for leaf, need, grad in zip(leaves, needs, expected[2:]):
+        assert (leaf.grad is not None) == need
+        if need:
+            torch.testing.assert_close(leaf.grad, grad)
+
+
+def test_no_gradient_is_computed_without_need():
+    args, _ = make(6, 5, (3, 3), 4)
+    none = OPERATOR(*args, "mean", 0.0, -100, 1.0, [False] * 3, True, "auto")
+    assert [t.numel() for t in none[2:]] == [0, 0, 0]
+    args[0].requires_grad_()
+    with torch.no_grad():
+        assert not pool_linear_cross_entropy(*args)[0].requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("pool, spatial", [("mean", (2, 3)), ("none", ())])
+def test_gradcheck(pool, spatial, kind, impl):
+    args, options = make(4, 3, spatial, 5, kind=kind, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in args[:3]]
+
+    def loss(x, weight, bias):
+        return pool_linear_cross_entropy(x, weight, bias, args[3], pool=pool, impl=impl, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_gradcheck_of_the_specification_to_second_order():
+    args, options = make(3, 2, (2, 2), 4, kind="smoothed", dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in args[:3]]
+
+    def loss(*leaves):
+        return reference.pool_linear_cross_entropy(*leaves, args[3], **options)[0]
+
+    assert torch.autograd.gradcheck(loss, leaves) and torch.autograd.gradgradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_closed_form_of_the_specification(kind):
+    args, options = make(7, 5, (3, 2), 6, kind=kind, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in args[:3]]
+    loss, correct = reference.pool_linear_cross_entropy(*args, **options)
+    closed = reference.pool_linear_cross_entropy_value_and_grad(*args, grad_scale=8.0, **options)
+    assert torch.equal(closed[0], loss) and torch.equal(closed[1], correct)
+    for got, grad in zip(closed[2:], torch.autograd.grad(loss * 8, leaves)):
+        torch.testing.assert_close(got, grad, rtol=1e-12, atol=1e-15)
+
+
+def test_second_derivative_is_refused():
+    args, _ = make(4, 3, (2, 2), 5)
+    x = args[0].requires_grad_()
+    (grad,) = torch.autograd.grad(pool_linear_cross_entropy(*args)[0] ** 2, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_row_counts(rows, smoothing, impl):
+    """Empty batch, or every target ignored: loss nan, gradients zero, as F.cross_entropy has them."""
+    args, _ = make(rows, 3, (2, 2), 4)
+    args[3].fill_(-100)
+    expected = rival(args, label_smoothing=smoothing)
+    assert expected[0].isnan() and not expected[3].any()
+    for form in (value_and_grad(impl), through_autograd(impl)):
+        loss, correct, *grads = form(*args, label_smoothing=smoothing)
+        assert loss.isnan() and correct.item() == 0
+        for got, grad in zip(grads, expected[2:]):
+            assert got.shape == grad.shape and torch.equal(got, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_batch_of_probabilities(impl):
+    args, options = make(0, 3, (2, 2), 4, kind="probabilities")
+    loss, correct, *grads = value_and_grad(impl)(*args, **options)
+    assert loss.isnan() and correct.item() == 0
+    assert [g.shape for g in grads] == [t.shape for t in args[:3]] and not grads[1].any() and not grads[2].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_huge_logits(kind, impl):
+    (_, _, _, target), options = make(31, 16, (4, 4), 10, kind=kind)
+    # Whole numbers: the logits are exact in every order of summation, near 1e4 and far apart.
+    x = torch.randint(-40, 40, (31, 16, 4, 4)).float()
+    weight, bias = torch.randint(-100, 100, (10, 16)).float() * 16, torch.randint(-9, 9, (10,)).float()
+    logits = F.linear(x.mean((2, 3)), weight, bias)
+    assert logits.abs().max() > 1e4
+    check(value_and_grad(impl), (x, weight, bias, target), **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_strides(impl):
+    (x, weight, bias, target), _ = make(6, 5, (4, 6), 7)
+    dense = [t.clone() for t in pool_linear_cross_entropy_value_and_grad(x, weight, bias, target, impl=impl)]
+
+    def strided(t):
+        out = torch.full([2 * s for s in t.shape], 77, dtype=t.dtype)[tuple(slice(None, None, 2) for _ in t.shape)]
+        return out.copy_(t)
+
+    variants = [
+        [strided(t) for t in (x, weight, bias, target)],
+        [x.to(memory_format=torch.channels_last), weight.t().contiguous().t(), bias, target],
+        [x.transpose(2, 3).contiguous().transpose(2, 3), weight, bias, target],
+        [x.flip(0).flip(0).transpose(0, 1).contiguous().transpose(0, 1), weight, bias, target],
+    ]
+    for args in variants:
+        for got, want in zip(pool_linear_cross_entropy_value_and_grad(*args, impl=impl), dense):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    expanded = x[:, :, :1, :1].expand(-1, -1, 4, 6)
+    check(value_and_grad(impl), (expanded, weight, bias, target))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_scale_and_float16(impl):
+    """Gradients that float16 cannot hold unscaled come out right under a loss scale, in both forms."""
+    args, _ = make(64, 4, (64, 64), 1000, dtype=torch.float16)
+    scale = 2.0**16
+    truth = rival(to_double(args))[2] * scale
+    unscaled = pool_linear_cross_entropy_value_and_grad(*args, impl=impl)[2]
+    assert (unscaled.double() * scale - truth).norm() > 5e-3 * truth.norm()
+    leaf = args[0].clone().requires_grad_()
+    (pool_linear_cross_entropy(leaf, *args[1:], impl=impl)[0] * scale).backward()
+    direct = pool_linear_cross_entropy_value_and_grad(*args, grad_scale=scale, impl=impl)[2]
+    for grad in (leaf.grad, direct):
+        assert (grad.double() - truth).norm() < 1e-3 * truth.norm()
+
+
+def test_float16_features_whose_sum_overflows():
+    args, _ = make(2, 3, (32, 32), 4, dtype=torch.float16)
+    args = (args[0].abs() + 100, *args[1:])  # the sum is about 100 * 1024, above 65504
+    loss, *_ = pool_linear_cross_entropy_value_and_grad(*args)
+    torch.testing.assert_close(loss.double(), rival(to_double(args))[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "impl, kind, pool, dtype, needs, wide",
+    [
+        ("aten", "index", "mean", torch.float32, (True, True, True), True),
+        ("aten", "probabilities", "none", torch.bfloat16, (True, True, True), False),
+        ("aten", "ignored", "mean", torch.bfloat16, (True, False, False), True),
+        ("aten", "smoothed", "none", torch.float32, (False, False, False), True),
+        ("reference", "smoothed", "mean", torch.float32, (True, True, True), True),
+        ("reference", "probabilities", "none", torch.bfloat16, (False, True, False), False),
+    ],
+)
+def test_opcheck(impl, kind, pool, dtype, needs, wide):
+    args, options = make(6, 5, (3, 3) if pool == "mean" else (), 4, kind=kind, dtype=dtype)
+    smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
+    torch.library.opcheck(OPERATOR, (*args, pool, smoothing, ignore, 1.0, list(needs), wide, impl))
+
+
+def test_compile_fullgraph_equals_eager():
+    args, options = make(6, 5, (3, 3), 4, kind="smoothed")
+
+    def step(x, weight, bias, target):
+        loss, correct = pool_linear_cross_entropy(x.relu(), weight, bias, target, **options)
+        return loss, correct, *torch.autograd.grad(loss, (x, weight, bias))
+
+    def forward(*args):
+        return pool_linear_cross_entropy(args[0].relu(), *args[1:], **options)
+
+    leaves = [t.requires_grad_() for t in args[:3]]
+    eager = step(*args)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager_decomp_partition")
+    loss, correct = compiled(*args)
+    assert torch.equal(loss, eager[0]) and torch.equal(correct, eager[1])
+    for got, want in zip(torch.autograd.grad(loss, leaves), eager[2:]):
+        assert torch.equal(got, want)
+
+    with torch.no_grad():
+        compiled = torch.compile(
+            lambda *a: pool_linear_cross_entropy_value_and_grad(*a, **options), fullgraph=True, backend="aot_eager"
+        )
+        for got, want in zip(compiled(*args), pool_linear_cross_entropy_value_and_grad(*args, **options)):
+            assert torch.equal(got, want) and got.stride() == want.stride()
+
+
+def test_compiled_once_and_the_backend_is_chosen_at_run_time():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    args, _ = make(6, 5, (3, 3), 4)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(pool_linear_cross_entropy, fullgraph=True, backend=counter)
+    first = compiled(*args)
+    for _ in range(2):
+        assert torch.equal(compiled(*args)[0], first[0])
+    with ops.backend("reference"):
+        torch.testing.assert_close(compiled(*args)[0], first[0])
+    with ops.backend("native"), pytest.raises(BackendError, match="native"):
+        compiled(*args)
+    assert counter.frame_count == 1
+
+
+@contextlib.contextmanager
+def poisoned(monkeypatch):
+    """Fresh memory is full of nan or of a large number, as it may be in a long run."""
+    with monkeypatch.context() as m:
+        for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+            original = getattr(owner, name)
+
+            def fill(*args, original=original, **kwargs):
+                out = original(*args, **kwargs)
+                return out.fill_(float("nan") if out.is_floating_point() else 113)
+
+            m.setattr(owner, name, fill)
+        yield
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_poisoned_memory(kind, impl, monkeypatch):
+    args, options = make(6, 5, (3, 3), 4, kind=kind)
+    clean = pool_linear_cross_entropy_value_and_grad(*args, impl=impl, **options)
+    with poisoned(monkeypatch):
+        assert torch.empty(1).isnan()
+        dirty = pool_linear_cross_entropy_value_and_grad(*args, impl=impl, **options)
+    for a, b in zip(clean, dirty):
+        assert torch.equal(a, b)
+
+
+class Trace(TorchDispatchMode):
+    """The ATen operators that compute something; views and empties launch nothing."""
+
+    FREE = {"empty", "new_empty", "empty_like", "detach", "lift_fresh"}
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def run_inside(impl, args, needs=(True, True, True), options=None, wide=False):
+    """The operator's body, so that a dispatch mode sees what is inside."""
+    options = options or {}
+    smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
+    return MODULE._run(*args, "mean", smoothing, ignore, 1.0, list(needs), wide, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_no_host_sync(kind, impl):
+    args, options = make(6, 5, (3, 3), 4, kind=kind)
+    with Trace() as trace:
+        run_inside(impl, args, options=options)
+    syncs = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "_to_cpu"}
+    assert trace.names and not syncs & set(trace.names)
+
+
+def test_launches_on_the_cpu():
+    args, _ = make(6, 5, (3, 3), 4)
+    with Trace() as ours:
+        run_inside("aten", args)
+    assert len(ours.names) == 13, ours.names
+    assert sum(name in ("expand", "div", "clone", "copy_", "_to_copy") for name in ours.names) == 0
+    leaves = [t.requires_grad_() for t in args[:3]]
+    with Trace() as eager:
+        logits = F.linear(leaves[0].mean((2, 3)), *leaves[1:])
+        (logits.argmax(1) == args[3]).sum()
+        F.cross_entropy(logits, args[3]).backward()
+    assert len(ours.names) < len(eager.names), eager.names
+
+
+def test_class_that_does_not_exist():
+    args, _ = make(4, 3, (2, 2), 5)
+    for bad in (5, -1):
+        args[3][1] = bad
+        for impl in IMPLS:
+            with pytest.raises(IndexError, match="out of bounds"):
+                pool_linear_cross_entropy(*args, impl=impl)
+
+
+def test_signature_and_reasons():
+    args, _ = make(4, 3, (2, 2), 5)
+    reject = MODULE._reject_triton
+    good = MODULE.Signature("cuda", None, (torch.float32, torch.bfloat16, torch.int64), 1000)
+    assert reject(good) is None
+    assert "1024" in reject(good._replace(classes=1025))
+    assert "float64" in reject(good._replace(dtypes=(torch.float64,) * 3))
+    assert "interpreter" in reject(good._replace(device="cpu"))
+    assert reject(good._replace(triton="why")) == "why"
+    if ops.explain(pool_linear_cross_entropy, *args).chosen == "triton":
+        pytest.skip("the Triton interpreter is on")
+    with pytest.raises(
+        BackendError, match=r'backend "triton" cannot serve this call: .*(pip install|CUDA device).*auto'
+    ):
+        pool_linear_cross_entropy(*args, impl="triton")
+    with ops.backend("native"), pytest.raises(BackendError, match=r'"native".*no such implementation.*"aten"'):
+        pool_linear_cross_entropy_value_and_grad(*args)
+
+
+X, W, B, T = (4, 3, 2, 2), (5, 3), (5,), (4,)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(pool="max"), "pool='max' is not one of 'mean', 'tokens', 'none'"),
+        (dict(x=torch.zeros(4, 3)), r"x has shape \[4, 3\]; pool='mean' takes \[N, C, \*spatial\]"),
+        (dict(pool="tokens"), r"x has shape .* pool='tokens' takes \[N, T, C\]"),
+        (dict(pool="none"), r"x has shape .* pool='none' takes \[N, C\]"),
+        (dict(x=torch.zeros(4, 3, 0, 2)), "no position to pool"),
+        (dict(weight=torch.zeros(5, 4)), r"weight has shape \[5, 4\]; .* takes \[K, 3\]"),
+        (dict(weight=torch.zeros(0, 3)), "K >= 1"),
+        (dict(bias=torch.zeros(4)), r"bias has shape \[4\]; .* takes \[5\] or None"),
+        (dict(weight=torch.zeros(W, dtype=torch.float64)), "x, weight, bias are .*float64"),
+        (dict(x=torch.zeros(X, dtype=torch.int64)), "x, weight, bias are .*int64"),
+        (dict(target=torch.zeros(T, dtype=torch.int32)), r"target is torch.int32; give int64 .*target.long\(\)"),
+        (dict(target=torch.zeros(3, dtype=torch.int64)), r"target has shape \[3\]; class indices for .* are \[4\]"),
+        (dict(target=torch.zeros(4, 1, dtype=torch.int64)), r"target has shape \[4, 1\]"),
+        (dict(target=torch.zeros(4, 6)), r"target has shape \[4, 6\]; probabilities for .* are \[4, 5\]"),
+        (dict(target=torch.zeros(4, 5), ignore_index=0), "ignore_index=0 needs class indices"),
+        (dict(target=torch.zeros(4, 5, requires_grad=True)), "target requires grad.*detach"),
+        (dict(label_smoothing=1.5), r"label_smoothing=1.5 is outside \[0, 1\]"),
+        (dict(weight=torch.zeros(W, device="meta")), "weight is on meta and x on cpu"),
+        (dict(impl="tritom"), "impl='tritom' is not a backend.*triton"),
+    ],
+)
+def test_refusals(change, message):
+    call = dict(x=torch.zeros(X), weight=torch.zeros(W), bias=torch.zeros(B), target=torch.zeros(T, dtype=torch.int64))
+    call |= change
+    args = [call.pop(name) for name in ("x", "weight", "bias", "target")]
+    for form in (pool_linear_cross_entropy, pool_linear_cross_entropy_value_and_grad):
+        with pytest.raises(ArgumentError, match=message):
+            form(*args, **call)
