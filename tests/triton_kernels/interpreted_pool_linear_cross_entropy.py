@@ -1,0 +1,181 @@
+"""The kernels on the CPU, in Triton's interpreter; run by test_pool_linear_cross_entropy.py with TRITON_INTERPRET=1."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from fastlocal import ops
+from fastlocal.errors import BackendError
+from fastlocal.ops import pool_linear_cross_entropy, pool_linear_cross_entropy_value_and_grad
+from fastlocal.triton_kernels import pool_linear_cross_entropy as kernels
+from tests.ops.cases import TARGETS, check, make, rival
+from tests.triton_kernels.interpreter import mend
+
+mend()
+OPERATOR = sys.modules["fastlocal.ops.pool_linear_cross_entropy"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory is full of nan or of a large number: every output element must be written."""
+    original = torch.empty
+
+    def fill(*args, **kwargs):
+        out = original(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else 113)
+
+    monkeypatch.setattr(torch, "empty", fill)
+
+
+@pytest.fixture(params=["fused", "from logits"])
+def route(request, monkeypatch):
+    if request.param == "from logits":
+        monkeypatch.setattr(OPERATOR, "FUSED_WEIGHT", 0)
+
+
+def triton(*args, **options):
+    return pool_linear_cross_entropy_value_and_grad(*args, impl="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "rows, channels, spatial, classes, kind, channels_last",
+    [
+        (1, 3, (32, 32), 10, "index", False),
+        (3, 31, (7, 7), 1000, "smoothed", False),
+        (3, 70, (7, 7), 1000, "probabilities", True),  # 70,000 weights: from logits
+        (31, 16, (1, 1), 2, "ignored", False),
+        (3, 127, (7, 7), 100, "ignored", True),
+        (3, 3, (32, 32), 100, "probabilities", True),
+        (5, 65, (3, 11), 127, "smoothed", False),
+    ],
+)
+def test_ragged_sizes(rows, channels, spatial, classes, kind, channels_last, dtype):
+    args, options = make(rows, channels, spatial, classes, kind=kind, dtype=dtype, channels_last=channels_last)
+    check(triton, args, **options)
+
+
+@pytest.mark.parametrize("rows", [63, 127])
+def test_many_rows(rows):
+    args, options = make(rows, 4, (2, 2), 3, kind="ignored")
+    check(triton, args, **options)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("pool", ["mean", "tokens", "none"])
+def test_pools(pool, kind, route):
+    args, options = make(4, 6, (3, 2) if pool == "mean" else (), 5, kind=kind, bias=pool != "tokens")
+    if pool == "tokens":
+        args = (torch.randn(4, 7, 6), *args[1:])
+    check(triton, args, pool=pool, **options)
+
+
+def test_counting_outside_the_kernel(monkeypatch, route):
+    args, options = make(7, 6, (3, 2), 5, kind="ignored")
+    monkeypatch.setattr(OPERATOR, "COUNT_ROWS", 4)
+    check(triton, args, **options)
+
+
+@pytest.mark.parametrize("rows, smoothing", [(0, 0.0), (3, 0.0), (3, 0.1)])
+def test_no_row_counts(rows, smoothing, route):
+    args, _ = make(rows, 3, (2, 2), 4)
+    args[3].fill_(-100)
+    loss, correct, *grads = triton(*args, label_smoothing=smoothing)
+    assert loss.isnan() and correct.item() == 0
+    for grad, like in zip(grads, args):
+        assert torch.equal(grad, torch.zeros_like(like))
+
+
+def test_huge_logits(route):
+    for kind in TARGETS:
+        (_, _, _, target), options = make(9, 16, (4, 4), 10, kind=kind)
+        x = torch.randint(-40, 40, (9, 16, 4, 4)).float()
+        weight, bias = torch.randint(-100, 100, (10, 16)).float() * 16, torch.randint(-9, 9, (10,)).float()
+        assert F.linear(x.mean((2, 3)), weight, bias).abs().max() > 1e4
+        check(triton, (x, weight, bias, target), kind, **options)
+
+
+def test_any_strides(route):
+    (x, weight, bias, target), _ = make(4, 5, (4, 6), 7)
+    dense = triton(x, weight, bias, target)
+
+    def strided(t):
+        out = torch.full([2 * s for s in t.shape], 77, dtype=t.dtype)[tuple(slice(None, None, 2) for _ in t.shape)]
+        return out.copy_(t)
+
+    for args in (
+        [strided(t) for t in (x, weight, bias, target)],
+        [x.to(memory_format=torch.channels_last), weight.t().contiguous().t(), bias, target],
+        [x.transpose(2, 3).contiguous().transpose(2, 3), weight, bias, target],
+    ):
+        for got, want in zip(triton(*args), dense):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_partial_gradients_through_autograd(needs, route):
+    args, _ = make(4, 5, (3, 3), 4)
+    leaves = [t.clone().requires_grad_(need) for t, need in zip(args, needs)]
+    loss, correct = pool_linear_cross_entropy(*leaves, args[3], impl="triton")
+    (loss * 4).backward()
+    expected = rival(args)
+    assert correct.item() == expected[1].item()
+    for leaf, need, grad in zip(leaves, needs, expected[2:]):
+        assert (leaf.grad is not None) == need
+        if need:
+            torch.testing.assert_close(leaf.grad, grad * 4)
+
+
+def test_only_the_loss(route):
+    args, _ = make(4, 5, (3, 3), 4)
+    loss, correct = pool_linear_cross_entropy(*args, impl="triton")
+    expected = rival(args)
+    torch.testing.assert_close(loss, expected[0])
+    assert correct.item() == expected[1].item() and not loss.requires_grad
+
+
+def test_scale_of_the_gradients_and_bit_reproducibility(route):
+    args, _ = make(4, 5, (3, 3), 4)
+    one, again, scaled = triton(*args), triton(*args), triton(*args, grad_scale=1024.0)
+    for a, b in zip(one, again):
+        assert torch.equal(a, b)
+    assert torch.equal(one[0], scaled[0])
+    for a, b in zip(one[2:], scaled[2:]):
+        torch.testing.assert_close(a * 1024, b)
+
+
+@pytest.mark.parametrize("bad", [4, -1])
+def test_class_that_does_not_exist_is_never_a_silent_number(bad, route):
+    args, _ = make(3, 5, (3, 3), 4)
+    args[3][1] = bad
+    loss, _, grad_x, grad_weight, _ = triton(*args)
+    assert loss.isnan() and grad_x[1].isnan().all() and grad_weight.isnan().all()
+    assert not grad_x[0].isnan().any()
+
+
+def test_the_context_manager_and_reasons():
+    args, _ = make(2, 3, (2, 2), 4)
+    assert ops.explain(pool_linear_cross_entropy, *args).chosen == "triton"
+    with ops.backend("aten"):
+        assert ops.explain(pool_linear_cross_entropy, *args).chosen == "aten"
+    many = (args[0], torch.zeros(1025, 3), None, args[3])
+    assert ops.explain(pool_linear_cross_entropy, *many).chosen == "aten"
+    with pytest.raises(BackendError, match=r"1025 classes.*1024"):
+        triton(*many)
+    with pytest.raises(BackendError, match="bfloat16"):
+        triton(args[0].bfloat16(), *args[1:])
+
+
+def test_one_class():
+    args, _ = make(3, 5, (2, 2), 1)
+    check(triton, args)
+
+
+def test_kernels_are_interpreted():
+    assert type(kernels.pool_linear_cross_entropy_fwd_kernel).__name__ == "InterpretedFunction"
