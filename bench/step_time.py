@@ -26,7 +26,7 @@ import fastlocal as fl
 from fastlocal import info
 from fastlocal.reference import train_step
 
-SGD = dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
 
 
 def variants(model: fl.LocalModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], Any]]:

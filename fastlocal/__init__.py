@@ -35,12 +35,12 @@ __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from fastlocal import blocks, data, engine, errors, info, methods, models, ops, reference, trainer
+    from fastlocal._explain import explain
     from fastlocal.engine.engine import Engine
     from fastlocal.engine.localize import localize
     from fastlocal.engine.model import LocalModel
     from fastlocal.engine.optimizer import LocalOptimizer
     from fastlocal.engine.output import LocalOutput, StepOutput
-    from fastlocal._explain import explain
     from fastlocal.methods import Method, list_methods
     from fastlocal.ops import backend
 

@@ -31,7 +31,7 @@ class CastWeights:
         self._dtype = dtype
         self._scratch: Tensor | None = None
         self._lows: dict[int, list[Tensor]] = {}
-        self._masters: list[nn.Parameter] = []
+        self._masters: list[Tensor] = []
         self._inside: int | None = None
 
     @torch.no_grad()
@@ -40,7 +40,7 @@ class CastWeights:
         slots = self._slots[k]
         if not slots:
             return
-        masters: list[nn.Parameter] = [slot.value for slot in slots]  # type: ignore[misc]
+        masters = [slot.value for slot in slots]
         lows = self._lows.get(k)
         if lows is None or any(_differs(low, p) for low, p in zip(lows, masters, strict=True)):
             lows = self._lows[k] = self._place(masters)
@@ -58,7 +58,7 @@ class CastWeights:
         k, self._inside = self._inside, None
         into, source = [], []
         for slot, low, master in zip(self._slots[k], self._lows[k], self._masters, strict=True):
-            slot.module._parameters[slot.key] = master
+            slot.module._parameters[slot.key] = master  # type: ignore[assignment]
             if low.grad is None:
                 continue
             if master.grad is None:
@@ -72,7 +72,7 @@ class CastWeights:
         if into:
             torch._foreach_copy_(into, source)
 
-    def _place(self, masters: list[nn.Parameter]) -> list[Tensor]:
+    def _place(self, masters: list[Tensor]) -> list[Tensor]:
         """Tensors in the shared scratch buffer, with the masters' shapes and strides."""
         need = sum(p.numel() for p in masters)
         if self._scratch is None or self._scratch.numel() < need or self._scratch.device != masters[0].device:
