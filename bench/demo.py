@@ -118,7 +118,7 @@ def run(
                 "loop": side.loop,
                 "blocks": len(side.model.blocks),
                 "batch_size": batch_size,
-                "test_accuracy": round(loop.history.test_accuracy, 4),
+                "test_accuracy": round(loop.history.test_accuracy, 6),
                 "steps_per_second": round(loop.history.steps_per_second, 2),
             }
             rows.append(measured | counted)
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; 0, or 2 for a bad argument."""
     parser = argparse.ArgumentParser(prog="fastlocal bench demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for what it writes (runs/demo)")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of every run (8)")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of every run (6)")
     parser.add_argument("--batch-size", type=int, default=64, help="images a step (64)")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which methods (all three)"

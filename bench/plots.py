@@ -80,9 +80,9 @@ def comparison(path: str | Path, rows: Sequence[dict[str, Any]], histories: Sequ
         rows: as `fastlocal.bench.demo.run` returns them, a plain row before its fastlocal row.
         histories: of the same runs, in the same order.
     """
-    fig = figure(12.5, 5.8)
+    fig = figure(13.5, 5.8)
     fig.suptitle(title, fontsize=13)
-    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.35), squeeze=False)[0]
+    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.6), squeeze=False)[0]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     color = dict(zip(methods, COLORS))
 
@@ -110,7 +110,7 @@ def comparison(path: str | Path, rows: Sequence[dict[str, Any]], histories: Sequ
 
     columns = (
         ("test_accuracy", "test accuracy, %\n(higher is better)", 100.0, "{:.1f}"),
-        ("saved_mib", f"peak saved MiB, batch of {rows[0]['batch_size']}\n(lower is better)", 1.0, "{:.2f}"),
+        ("saved_mib", f"peak saved MiB, batch of {rows[0]['batch_size']}\n(lower is better)", 1.0, "{:.1f}"),
         ("steps_per_second", "steps per second\n(higher is better)", 1.0, "{:.1f}"),
     )
     for axes, (key, name, factor, form) in zip(right.subplots(1, 3), columns):
@@ -120,9 +120,9 @@ def comparison(path: str | Path, rows: Sequence[dict[str, Any]], histories: Sequ
                 if row["method"] != method:
                     continue
                 fast = row["loop"] == "fastlocal"
-                at, value = i + (0.2 if fast else -0.2), factor * row[key]
+                at, value = i + (0.215 if fast else -0.215), factor * row[key]
                 look = {"color": color[method]} if fast else {"color": "white", "hatch": "////"}
-                axes.bar(at, value, 0.38, edgecolor=color[method], linewidth=1.2, **look)
+                axes.bar(at, value, 0.41, edgecolor=color[method], linewidth=1.2, **look)
                 axes.annotate(
                     form.format(value), (at, value), textcoords="offset points", xytext=(0, 3), ha="center", fontsize=8
                 )
