@@ -1,0 +1,134 @@
+"""The counts of the ledger, exactly, and that none exceeds the official implementation's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlocal as fl
+from fastlocal.bench import ledger
+from fastlocal.bench.ledger import CASES, Row
+from fastlocal.blocks.measure import StorageTracker
+
+BY_NAME = {case.name: case for case in CASES}
+
+# (forward and backwards, optimizer, safety): the engine's, then the plain loop's first two.
+LAUNCHES = {
+    "R32 BP": ((237, 3, 19), (268, 10)),
+    "R32 InfoPro K16 contrast": ((1420, 16, 36), (1496, 25)),
+    "R32 AugLocal K16 d2": ((799, 14, 38), (912, 29)),
+    "R32 AugLocal K16 d5": ((962, 11, 39), (1098, 34)),
+    "R32 DGL K16, AugLocal's head": ((874, 16, 40), (995, 30)),
+    "R32 PredSim K16, AugLocal's form": ((1120, 16, 34), (1166, 15)),
+    "R32 InfoPro-CE K16": ((857, 16, 36), (933, 25)),
+    "R32 DGL K16": ((1025, 16, 40), (1160, 36)),
+    "R32 PredSim K16": ((1112, 16, 34), (1158, 15)),
+    "R110 BP": ((784, 7, 28), (892, 29)),
+    "R110 AugLocal K55 d3": ((3298, 52, 106), (3765, 108)),
+    "R110 DGL K55, AugLocal's head": ((3074, 55, 103), (3504, 99)),
+}
+
+
+@pytest.fixture(scope="module", params=LAUNCHES)
+def row(request: pytest.FixtureRequest) -> Row:
+    torch.set_num_threads(1)
+    return ledger.measure(BY_NAME[request.param])
+
+
+def test_launches_are_exactly_these(row: Row) -> None:
+    engine, plain = row.engine, row.plain
+    counted = (engine.gradients, engine.optimizer, engine.safety), (plain.gradients, plain.optimizer)
+    assert counted == LAUNCHES[row.case.name], ledger.operators(row)
+    assert plain.safety == 0
+    assert engine.launches < plain.launches
+    # The largest parts run as often in both: what the engine saves, it saves beside them.
+    for op in ("convolution", "convolution_backward", "native_batch_norm", "native_batch_norm_backward", "addmm", "mm"):
+        assert engine.by_op["gradients"].get(f"aten::{op}") == plain.by_op["gradients"].get(f"aten::{op}"), op
+
+
+def test_every_unit_and_head_runs_once_each_way(row: Row) -> None:
+    for cost in (row.plain, row.engine):
+        assert cost.forward == cost.backward == (1, 1)
+
+
+def test_no_more_than_the_official_code(row: Row) -> None:
+    official, engine, plain = row.case.official, row.engine, row.plain
+    assert engine.macs == plain.macs
+    assert engine.storage_bytes <= plain.storage_bytes
+    assert engine.saved_bytes <= plain.saved_bytes
+    if official is None:
+        return
+    assert plain.gradients <= official.launches
+    assert engine.launches < official.launches, "the whole step against the official forward and backwards alone"
+    assert abs(engine.macs / row.batch / 1e6 / official.mmacs - 1) < 0.01
+    # The official figure has two decimals.
+    assert round(engine.saved_bytes / row.batch / 2**20, 2) <= official.saved_mib
+
+
+def test_the_recorded_table_is_of_this_code(row: Row) -> None:
+    record = json.loads((Path(ledger.__file__).parent / "results" / "ledger.json").read_text())
+    assert [r["name"] for r in record["rows"]] == [case.name for case in CASES]
+    recorded = next(r for r in record["rows"] if r["name"] == row.case.name)
+    measured = json.loads(json.dumps(row.record()))
+    for cost in ("plain", "engine"):  # allocators may round bytes elsewhere
+        for key in ("saved_bytes", "storage_bytes"):
+            assert recorded[cost].pop(key) == pytest.approx(measured[cost].pop(key), rel=0.02)
+    assert recorded == measured
+
+
+def test_only_one_block_is_alive() -> None:
+    """When a block is updated, real storages hold its gradients, its output and the gradient there, and little else."""
+    torch.set_num_threads(1)
+    case = BY_NAME["R110 AugLocal K55 d3"]
+    model, x, y = ledger.build(case, 8)
+    engine = fl.Engine(model, lambda named: ledger.SGD(named))
+    engine.step(x, y)
+    step_block, tracker, seen = engine.optimizer.step_block, StorageTracker(), []
+
+    def look(k: int) -> None:
+        holders = [b.index for b in model.blocks if any(p.grad is not None for p in b.parameters())]
+        gradients = sum(p.grad.nbytes for p in model.blocks[k].parameters() if p.grad is not None)
+        output = 4 * len(x) * torch.Size(model.blocks[k].cost.boundary).numel()
+        seen.append((holders, gradients, tracker.current - gradients - 2 * output))
+        step_block(k)
+
+    engine.optimizer.step_block = look  # type: ignore[method-assign]
+    with tracker:
+        engine.step(x, y)
+    assert [holders for holders, _, _ in seen] == [[k] for k in range(len(model.blocks))]
+    assert max(rest for _, _, rest in seen) < 64 * 1024
+    assert not any(p.grad is not None for p in model.parameters())
+    # All of a step, gradients and temporaries included, against 0.67 MiB that the official code saves for backward alone.
+    assert tracker.peak / len(x) / 2**20 < 0.72
+    assert tracker.peak < 8 * 0.68 * 2**20 + max(gradients for _, gradients, _ in seen)
+
+
+def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ledger, "CASES", [BY_NAME["R32 BP"], BY_NAME["R32 PredSim K16"], BY_NAME["R110 BP"]])
+    file = tmp_path / "new" / "ledger.json"
+    assert ledger.main(["--model", "resnet32", "--batch", "2", "--ops", "--json", str(file)]) == 0
+    title, heads, bp, predsim, *rest = capsys.readouterr().out.splitlines()
+    assert heads.split()[:2] == ["case", "fwd/bwd"] and title.split()[0] == "passes"
+    assert bp.startswith("R32 BP ") and predsim.startswith("R32 PredSim K16 ")
+    assert bp.split()[2:10] == ["1/1", "69", "69", "268", "268", "237", "0.88", "278"]
+    assert bp.split()[10:15] == ["259", "19", "0.93", "2.37", "2.38"]
+    assert predsim.split()[3:9] == ["1/1", "-", "105", "-", "1158", "1112"]
+    assert len({len(line) for line in (heads, bp, predsim)}) == 1
+    assert any(line.split() == ["optimizer", "aten::_fused_sgd_", "0", "3"] for line in rest)
+    record = json.loads(file.read_text())
+    assert record["batch"] == 2 and [r["name"] for r in record["rows"]] == ["R32 BP", "R32 PredSim K16"]
+    assert record["rows"][0]["official"]["launches"] == 268 and record["rows"][1]["official"] is None
+
+    monkeypatch.setattr(ledger, "CASES", [BY_NAME["R32 BP"]])
+    assert ledger.main(["--markdown", "--batch", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
+
+
+def test_a_batch_of_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ledger.main(["--batch", "1"])
+    assert "--batch: got 1; BatchNorm needs at least 2 images" in capsys.readouterr().err
