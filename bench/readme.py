@@ -1,0 +1,215 @@
+"""Fills the generated parts of README.md and docs/ from the recorded results and the registry of methods.
+
+    python -m fastlocal.bench.readme [--check] [--demo runs/demo]
+
+A part stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. ``--demo`` first takes over what `make demo`
+wrote: its table.json becomes bench/results/demo.json, its picture docs/demo.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastlocal.bench import demo
+from fastlocal.errors import ArgumentError
+from fastlocal.methods import list_methods
+
+ROOT = Path(__file__).resolve().parents[1]
+PART = re.compile(r"(<!-- begin: (\w+) -->\n)(.*?)(<!-- end: (\w+) -->)", re.DOTALL)
+OFFICIAL, PLAIN = "official code, fp32 NCHW", "plain loop, fp32 NCHW"
+
+
+def fill(text: str, root: Path = ROOT) -> str:
+    """A page with its generated parts written anew.
+
+    Raises:
+        ArgumentError: a part that nobody generates, or one that does not end.
+    """
+
+    def part(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in PARTS or match[5] != name:
+            raise ArgumentError(f"page: part {name!r} (ended by {match[5]!r}) is none of {', '.join(PARTS)}")
+        return f"{match[1]}{PARTS[name](root)}\n{match[4]}"
+
+    filled, count = PART.subn(part, text)
+    if count != text.count("<!-- begin: "):
+        raise ArgumentError("page: a part begins and does not end; close it with <!-- end: NAME -->")
+    return filled
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """README.md and the pages in docs/."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def table(rows: list[list[str]], left: int = 1) -> str:
+    """Markdown; the first row is the heading, the first ``left`` columns are aligned left."""
+    rule = ["---"] * left + ["---:"] * (len(rows[0]) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+
+# ------------------------------------------------------------------------------------------------------------- the parts
+
+
+def demo_part(root: Path) -> str:
+    record = _json(root / "bench" / "results" / "demo.json")
+    if record is None:
+        return "No run is recorded here yet. `make demo` measures it and prints the table."
+    picture = "![training curves, accuracy, memory and speed of the three methods](docs/demo.png)"
+    about = f"{_cores(record['machine'])}, {record['training_seconds']:.0f} s in all. `{record['command']}`"
+    parts = [
+        *([picture] if (root / "docs" / "demo.png").exists() else []),
+        f"ResNet-20 on scikit-learn's digits, batch {record['rows'][0]['batch_size']}. {about}",
+        demo.table(record["rows"], markdown=True),
+        *record["notes"],
+    ]
+    return "\n\n".join(parts)
+
+
+def ledger_part(root: Path) -> str:
+    record = _json(root / "bench" / "results" / "ledger.json")
+    if record is None:
+        return "No run is recorded here yet. `python -m fastlocal.bench.ledger` prints the table."
+    heads = ["", "MMAC/image", "launches: official", "plain loop", "fastlocal"]
+    heads += ["whole step: plain loop", "fastlocal", "saved MiB/image: official", "fastlocal"]
+    rows = [heads, *(_ledger_cells(row) for row in record["rows"] if row["official"])]
+    about = f"`python -m fastlocal.bench.ledger --batch {record['batch']}`, torch {record['torch']}: counts, not times."
+    return f"{about}\n\n{table(rows)}"
+
+
+def _ledger_cells(row: dict[str, Any]) -> list[str]:
+    official, plain, engine = row["official"], row["plain"], row["engine"]
+    return [
+        row["name"],
+        f"{engine['macs'] / row['batch'] / 1e6:.0f}",
+        f"{official['launches']:,}",
+        f"{plain['gradients']:,}",
+        f"{engine['gradients']:,}",
+        f"{_launches(plain):,}",
+        f"{_launches(engine):,}",
+        f"{official['saved_mib']:.2f}",
+        f"{engine['saved_bytes'] / row['batch'] / 2**20:.2f}",
+    ]
+
+
+def _launches(cost: dict[str, Any]) -> int:
+    return cost["gradients"] + cost["optimizer"] + cost["safety"]
+
+
+def step_time_part(root: Path) -> str:
+    path = root / "bench" / "results" / "step_time.jsonl"
+    if not path.exists():
+        return "No run is recorded here yet. `python -m fastlocal.bench.step_time` measures and prints a table."
+    latest: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        command = _step_time_command(record["case"])
+        latest.pop(command, None)  # the newest of a command stands, in the order of recording
+        latest[command] = record
+    return "\n\n".join(_step_time_table(command, record) for command, record in latest.items())
+
+
+def _step_time_command(case: dict[str, Any]) -> str:
+    options = "".join(f" --option {option}" for option in case["option"])
+    official = " --official DIR" if case["official"] else ""
+    return (
+        f"python -m fastlocal.bench.step_time --model {case['model']} --method {case['method']} --blocks {case['blocks']}"
+        f"{options} --batch {case['batch']} --rounds {case['rounds']} --threads {case['threads']}{official}"
+    )
+
+
+def _step_time_table(command: str, record: dict[str, Any]) -> str:
+    case, machine = record["case"], record["machine"]
+    middle = {name: statistics.median(seconds) for name, seconds in record["seconds"].items()}
+    against = [(text, name) for text, name in (("official code", OFFICIAL), ("plain loop", PLAIN)) if name in middle]
+    rows = [["", "ms a step", *(f"speed against the {text}" for text, _ in against)]]
+    for name, seconds in middle.items():
+        rows.append([name, f"{seconds * 1e3:,.0f}", *(f"{middle[base] / seconds:.2f}" for _, base in against)])
+    title = (
+        f"{case['model']}, {case['method']}, {case['blocks']} blocks, batch {case['batch']}, median of "
+        f"{case['rounds']} steps that take turns. {machine['cpu']['name']}, {case['threads']} threads, torch "
+        f"{machine['torch']['version']}. `{command}`"
+    )
+    return f"{title}\n\n{table(rows)}"
+
+
+def methods_part(root: Path) -> str:
+    rows = [["name", "what trains a block", "options and defaults", "paper", "official code"]]
+    for method in list_methods():
+        options = ", ".join(f"`{name}={value!r}`" for name, value in method["options"].items()) or "none"
+        code = f"[{method['repository']}](https://github.com/{method['repository']})" if method["repository"] else "-"
+        rows.append([f"`{method['name']}`", method["summary"], options, method["paper"], code])
+    return table(rows, left=5)
+
+
+def papers_part(root: Path) -> str:
+    return "\n".join(f"- `{method['name']}`: {method['paper']}" for method in list_methods())
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "demo": demo_part,
+    "ledger": ledger_part,
+    "step_time": step_time_part,
+    "methods": methods_part,
+    "papers": papers_part,
+}
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _cores(machine: dict[str, Any]) -> str:
+    threads = machine["threads"]
+    return f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}, torch {machine['torch']}"
+
+
+def take_over(folder: Path, root: Path = ROOT) -> None:
+    """Copies a demo's record and picture to where the pages find them.
+
+    Raises:
+        ArgumentError: the folder holds no finished run.
+    """
+    for source, target in (("table.json", "bench/results/demo.json"), ("demo.png", "docs/demo.png")):
+        if not (folder / source).is_file():
+            raise ArgumentError(f"--demo: {folder} has no {source}; run `make demo` first, with matplotlib installed")
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / source, root / target)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes the pages; 1 where ``--check`` finds one that is not what it would write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlocal.bench.readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--check", action="store_true", help="write nothing, and fail where a page would change")
+    either.add_argument("--demo", type=Path, metavar="DIR", help="folder that `make demo` wrote")
+    options = parser.parse_args(arguments)
+    if not (ROOT / "README.md").exists():
+        parser.error(f"there is no README.md in {ROOT}; run it in the source tree")
+    try:
+        if options.demo:
+            take_over(options.demo)
+        stale = [page for page in pages() if fill(page.read_text()) != page.read_text()]
+    except ArgumentError as error:
+        parser.error(str(error))
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'differs from the records' if options.check else 'written'}")
+        if not options.check:
+            page.write_text(fill(page.read_text()))
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
