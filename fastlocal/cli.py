@@ -21,6 +21,7 @@ from fastlocal.errors import ArgumentError, FastLocalError, did_you_mean
 BENCHES = {
     "demo": "ResNet-20 on digits under BP, DGL and AugLocal: one table and one picture",
     "ledger": "launches, block passes, MACs and saved bytes of a step of every method",
+    "step_time": "milliseconds of a step: plain loop or official code against the engine, in turns",
 }
 OPTIMIZERS = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 0.05)}  # default learning rate and weight decay
 
@@ -329,7 +330,7 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _benches() -> str:
-    return "\n".join(["measurements:", *(f"  {name:<8}{text}" for name, text in BENCHES.items())])
+    return "\n".join(["measurements:", *(f"  {name:<10}{text}" for name, text in BENCHES.items())])
 
 
 def _info(o: argparse.Namespace) -> int:
