@@ -140,6 +140,7 @@ class _Function(torch.autograd.Function):
         )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(correct)
+        ctx.set_materialize_grads(False)  # no zeros for `correct`
         ctx.shape, ctx.pool = x.shape, pool
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
         return loss, correct

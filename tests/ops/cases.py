@@ -54,7 +54,8 @@ def make(
     if kind == "smoothed":
         target[1::3] = -100
     if kind == "probabilities":
-        target = torch.rand(rows, classes).softmax(1).to(dtype)
+        # Rows that need not sum to one: F.cross_entropy does not ask for it.
+        target = ((0.5 + torch.rand(rows, 1)) * torch.rand(rows, classes).softmax(1)).to(dtype)
     return (x, weight, torch.randn(classes).to(dtype) if bias else None, target), options
 
 

@@ -201,6 +201,17 @@ def test_huge_logits(kind, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_class_switched_off_by_an_infinite_bias(impl):
+    args, _ = make(6, 5, (3, 3), 4)
+    args[2][3] = -torch.inf
+    args[3].clamp_(max=2)
+    expected = rival(args)
+    assert expected[0].isfinite()
+    for got, want in zip(value_and_grad(impl)(*args), expected):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides(impl):
     (x, weight, bias, target), _ = make(6, 5, (4, 6), 7)
     dense = [t.clone() for t in pool_linear_cross_entropy_value_and_grad(x, weight, bias, target, impl=impl)]
@@ -220,6 +231,7 @@ def test_any_strides(impl):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     expanded = x[:, :, :1, :1].expand(-1, -1, 4, 6)
     check(value_and_grad(impl), (expanded, weight, bias, target))
+    check(value_and_grad(impl), (x, weight, bias, strided(torch.rand(6, 7))))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -376,6 +388,15 @@ def test_launches_on_the_cpu():
         (logits.argmax(1) == args[3]).sum()
         F.cross_entropy(logits, args[3]).backward()
     assert len(ours.names) < len(eager.names), eager.names
+
+
+def test_autograd_adds_one_launch():
+    args, _ = make(6, 5, (3, 3), 4)
+    leaves = [t.requires_grad_() for t in args[:3]]
+    loss, _ = pool_linear_cross_entropy(*args)
+    with Trace() as trace:
+        torch.autograd.grad(loss, leaves, torch.ones(()))
+    assert trace.names == ["ones", "_foreach_mul"], trace.names
 
 
 def test_class_that_does_not_exist():

@@ -101,6 +101,14 @@ def test_huge_logits(route):
         check(triton, (x, weight, bias, target), kind, **options)
 
 
+def test_class_switched_off_by_an_infinite_bias(route):
+    args, _ = make(6, 5, (3, 3), 4)
+    args[2][3] = -torch.inf
+    args[3].clamp_(max=2)
+    for got, want in zip(triton(*args), rival(args)):
+        torch.testing.assert_close(got, want)
+
+
 def test_any_strides(route):
     (x, weight, bias, target), _ = make(4, 5, (4, 6), 7)
     dense = triton(x, weight, bias, target)
@@ -116,6 +124,7 @@ def test_any_strides(route):
     ):
         for got, want in zip(triton(*args), dense):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    check(triton, (x, weight, bias, strided(torch.rand(4, 7))))
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
