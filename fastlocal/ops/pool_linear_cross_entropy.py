@@ -148,6 +148,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 8
         # Cast after the product: under a loss scale a float16 gradient rounds once, at its final size.
         needed = ctx.needs_input_grad[:3]
         scaled = iter(torch._foreach_mul([grad for grad, need in zip(ctx.saved_tensors, needed) if need], grad_loss))
