@@ -1,6 +1,7 @@
 # make demo    train a small network by local learning, in about two minutes
 # make test    the whole test suite          (ARGS="tests/csrc -x" runs a part of it)
 # make lint    ruff and mypy
+# make gpu     all that needs a CUDA device: build, tests, sanitizer, benchmarks, with PYTHON and no venv (docs/gpu.md)
 # make venv    only the environment that these use, in .venv
 # make clean   remove what was built (.venv stays)
 
@@ -9,13 +10,15 @@ VENV ?= .venv
 TORCH := torch==2.13.0
 JOBS ?= 2
 ARGS ?=
+OUT ?= runs/gpu
+BUDGET ?= 540
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test lint gpu clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED)
@@ -46,6 +49,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu:
+	$(PYTHON) tests/gpu/run.py --out "$(OUT)" --budget $(BUDGET)
 
 clean:
 	rm -rf build dist fastlocal.egg-info fastlocal/_native*.so $(INSTALLED) .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,73 @@
+"""A few launches of every Triton kernel, checked, for compute-sanitizer to watch: every route, dtype and layout, ragged sizes.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+
+Without PyTorch's cache every tensor is an allocation of its own, so that a write past its end is one past an allocation.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from fastlocal.errors import BackendError
+from fastlocal.ops import pool_linear_cross_entropy_value_and_grad as operator
+from fastlocal.reference import pool_linear_cross_entropy_value_and_grad as specification
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Rows, channels, side, classes, dtype, channels_last, target. 70 x 1000 weights go through cuBLAS.
+CASES = [
+    (1, 3, 5, 2, torch.float32, False, "index"),
+    (31, 17, 7, 10, torch.float32, True, "ignored"),
+    (63, 127, 1, 100, torch.float16, False, "probabilities"),
+    (5, 65, 33, 10, torch.float32, False, "index"),
+    (3, 70, 7, 1000, torch.float32, True, "index"),
+    (33, 16, 9, 127, torch.bfloat16, True, "index"),
+]
+
+
+def inputs(
+    rows: int, channels: int, side: int, classes: int, dtype: torch.dtype, last: bool, kind: str
+) -> list[Tensor]:
+    x = torch.randn(rows, channels, side, side).to(dtype)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    target = torch.rand(rows, classes).softmax(1) if kind == "probabilities" else torch.randint(classes, (rows,))
+    if kind == "ignored":
+        target[::2] = -100
+    return [x, (torch.randn(classes, channels) / channels**0.5).to(dtype), torch.randn(classes).to(dtype), target]
+
+
+def main() -> int:
+    """Returns 1 where a result is wrong. Prints how many launches were right."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.triton_kernels.interpreter import mend
+
+        mend()
+    done = wrong = 0
+    for case in CASES:
+        torch.manual_seed(0)
+        args = inputs(*case)
+        truth = specification(*(t.double() if t.is_floating_point() else t for t in args))
+        try:
+            got = operator(*(t.to(DEVICE) for t in args), impl="triton")
+        except BackendError as error:
+            print(f"{case}: not run: {error}")
+            continue
+        done += 1
+        bound = 1e-4 if case[4] == torch.float32 else 2e-2
+        for name, g, t in zip(("loss", "correct", "grad_x", "grad_weight", "grad_bias"), got, truth, strict=True):
+            g = g.double().cpu()
+            if name != "correct" and not (g - t).norm() <= bound * t.norm():
+                wrong += 1
+                print(f"{case}: {name} is off by {(g - t).norm():.3g} of {t.norm():.3g}")
+    print(f"{done} of {len(CASES)} calls on {DEVICE}, {wrong} wrong results")
+    return int(wrong > 0 or done == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
