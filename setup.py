@@ -55,7 +55,8 @@ def extensions(mode: str) -> list:
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
             cxx_std=17,
-            extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O2", "-Wall", "-Wextra"],
+            extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3", "-Wall", "-Wextra"],
+            libraries=["dl"] if sys.platform == "linux" else [],
             optional=mode == "auto",
         )
     ]

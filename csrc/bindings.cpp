@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 
+#include "bn_act.h"
 #include "scheduler.h"
 
 namespace py = pybind11;
@@ -38,10 +39,41 @@ py::tuple schedule(const Doubles& cost, const Integers& bytes_made, const Intege
                         result.operations);
 }
 
+// Tensors cross as addresses: no torch headers here. fastlocal/ops/bn_act.py checks shapes, dtypes and layouts.
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bn_act_forward(Address x, Address residual, Address y, Address weight, Address bias, Address running_mean,
+                    Address running_var, Address mean, Address rstd, std::int64_t rows, std::int64_t channels,
+                    double momentum, double eps, bool relu, bool bf16, int threads) {
+  const fastlocal::BnActForward p{at<void>(x), at<void>(residual), at<void>(y), at<float>(weight), at<float>(bias),
+                                  at<float>(running_mean), at<float>(running_var), at<float>(mean), at<float>(rstd),
+                                  rows, channels, momentum, eps, relu, bf16, threads};
+  py::gil_scoped_release release;
+  fastlocal::bn_act_forward(p);
+}
+
+void bn_act_backward(Address dy, Address x, Address y, Address dx, Address dresidual, Address weight, Address mean,
+                     Address rstd, Address dweight, Address dbias, std::int64_t rows, std::int64_t channels, bool relu,
+                     bool bf16, int threads) {
+  const fastlocal::BnActBackward p{at<void>(dy), at<void>(x), at<void>(y), at<void>(dx), at<void>(dresidual),
+                                   at<float>(weight), at<float>(mean), at<float>(rstd), at<float>(dweight),
+                                   at<float>(dbias), rows, channels, relu, bf16, threads};
+  py::gil_scoped_release release;
+  fastlocal::bn_act_backward(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native part of fastlocal; use it through fastlocal.engine._native.";
   module.def("schedule", &schedule, py::arg("cost"), py::arg("bytes_made"), py::arg("bytes_freed"), py::arg("edges"),
              py::arg("streams"), py::arg("memory_budget"), py::arg("names"));
+  module.def("bn_act_forward", &bn_act_forward);
+  module.def("bn_act_backward", &bn_act_backward);
+  module.def("shares_openmp", &fastlocal::shares_openmp);
 }

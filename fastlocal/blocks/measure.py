@@ -78,7 +78,10 @@ _METADATA |= {"sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_has
 _NO_KERNEL = _ALLOCATIONS | _METADATA
 _MULTI_TENSOR = ("_foreach_", "_fused_sgd", "_fused_adam", "_fused_adagrad", "_amp_foreach_")
 _REDUCTIONS = {"_foreach_norm", "_foreach_max", "_foreach_powsum"}
-_registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] = {}
+_registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] = {
+    "fastlocal::bn_act_forward": 2,  # statistics; normalise, add, activate
+    "fastlocal::bn_act_backward": 2,  # both reductions; dx and the residual's gradient
+}
 
 # Limits of ATen's multi_tensor_apply, by number of tensor lists (1 to 5). They are those of a 4 KB kernel argument;
 # builds for CUDA 13 take seven times as many tensors and blocks per launch, so there these counts are upper bounds.

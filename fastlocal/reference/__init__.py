@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastlocal.reference.bn_act import bn_act
 from fastlocal.reference.pool_linear_cross_entropy import (
     pool_linear_cross_entropy,
     pool_linear_cross_entropy_value_and_grad,
@@ -12,7 +13,7 @@ from fastlocal.reference.pool_linear_cross_entropy import (
 if TYPE_CHECKING:
     from fastlocal.reference.step import train_step
 
-__all__ = ["pool_linear_cross_entropy", "pool_linear_cross_entropy_value_and_grad", "train_step"]
+__all__ = ["bn_act", "pool_linear_cross_entropy", "pool_linear_cross_entropy_value_and_grad", "train_step"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,2 @@
+#define FASTLOCAL_ISA generic
+#include "bn_act_body.h"
