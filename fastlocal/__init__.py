@@ -24,6 +24,8 @@ _PUBLIC = {
     "StepOutput": "fastlocal.engine.output",
     "Engine": "fastlocal.engine.engine",
     "LocalOptimizer": "fastlocal.engine.optimizer",
+    "plan": "fastlocal.engine.plan",
+    "Plan": "fastlocal.engine.plan",
     "list_methods": "fastlocal.methods",
     "Method": "fastlocal.methods",
     "backend": "fastlocal.ops",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from fastlocal.engine.model import LocalModel
     from fastlocal.engine.optimizer import LocalOptimizer
     from fastlocal.engine.output import LocalOutput, StepOutput
+    from fastlocal.engine.plan import Plan, plan
     from fastlocal.methods import Method, list_methods
     from fastlocal.ops import backend
 

@@ -1,4 +1,4 @@
-"""The command line, ``fastlocal``: train, bench, info, methods, models. Every command is a few calls of the library."""
+"""The command line, ``fastlocal``: train, plan, bench, info, methods, models. Every command is a few calls of the library."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastlocal {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_parser(commands)
+    _plan_parser(commands)
     bench = commands.add_parser("bench", help="run a measurement", description=_benches(), formatter_class=_Raw)
     bench.add_argument("name", nargs="?", metavar="NAME", help="which")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options; see NAME --help")
@@ -112,6 +113,35 @@ def _train_parser(commands: Any) -> None:
     )
     add("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=_train)
+
+
+def _plan_parser(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a training step will cost, without running one",
+        description="Predicts memory, FLOPs, bytes moved, launches and roofline time of a step. Needs no device and no data.",
+        epilog="example:\n  fastlocal plan --model vit_base --method dgl --batch 256 --device h100 --budget 16GiB",
+        formatter_class=_Raw,
+    )
+    add = plan.add_argument
+    add("--model", default="resnet20", help="see `fastlocal models` (resnet20)")
+    add("--model-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the model; repeatable")
+    add("--method", default="auglocal", help="see `fastlocal methods` (auglocal)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method; repeatable")
+    add("--blocks", metavar="N|NAMES", help="how many, or names to cut after (a,b) (every unit; bp: 1)")
+    add(
+        "--budget",
+        metavar="16GiB",
+        help="without --blocks: the fewest blocks that fit; with it: exit code 1 if too large",
+    )
+    add("--batch", type=int, default=64, metavar="ROWS", help="(64)")
+    add("--shape", metavar="3x224x224", help="of one input (what the model says, else 3x32x32 or 3x224x224)")
+    add("--device", default="h100", help="whose roofline: h100, h200, a100, cpu-core (h100)")
+    add("--optimizer", default="momentum", help="sgd, momentum or adam (momentum)")
+    add("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed (32-true)")
+    add("--channels-last", action="store_true", help="plan that memory format")
+    add("--draw", type=Path, metavar="PATH", help="write a chart, such as plan.png")
+    plan.set_defaults(run=_plan)
 
 
 # ---------------------------------------------------------------------------------------------------------------- train
@@ -318,6 +348,59 @@ def _curves(out: Path, history: Any, o: argparse.Namespace) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- the others
+
+
+def _plan(o: argparse.Namespace) -> int:
+    from fastlocal import models
+    from fastlocal.engine.plan import plan
+
+    if o.batch < 2:
+        raise ArgumentError(f"--batch: got {o.batch}; give at least 2 rows")
+    given = _pairs("--model-option", o.model_option)
+    accepted = models.options(o.model) | given
+    blocks: Any
+    if o.blocks is None and o.budget is not None and o.method != "bp":
+        blocks, budget = "auto", o.budget
+    else:
+        with torch.device("meta"):  # names of units only
+            blocks, budget = _blocks(o, models.create(o.model, **given)), None
+    found = plan(
+        lambda: models.create(o.model, **given),
+        _sample_shape(o, accepted),
+        device=o.device,
+        method=o.method,
+        blocks=blocks,
+        budget=budget,
+        optimizer=o.optimizer,
+        precision=o.precision,
+        memory_format="channels_last" if o.channels_last else "preserve",
+        **_pairs("--option", o.option),
+    )
+    print(found.to_text())
+    if o.draw is not None:
+        found.draw(o.draw)
+        print(f"drawn to {o.draw}")
+    if o.budget is not None and not found.fits(o.budget):
+        print(f"over the budget of {o.budget}")
+        return 1
+    return 0
+
+
+def _sample_shape(o: argparse.Namespace, accepted: dict[str, Any]) -> torch.Tensor:
+    """A batch on the meta device: token ids for a language model, else images or vectors."""
+    if "block_size" in accepted:
+        return torch.empty((o.batch, accepted["block_size"]), dtype=torch.int64, device="meta")
+    if o.shape is not None:
+        try:
+            shape = tuple(int(n) for n in o.shape.split("x"))
+        except ValueError as error:
+            raise ArgumentError(f"--shape: got {o.shape!r}; write 3x224x224") from error
+    elif "in_features" in accepted:
+        shape = (accepted["in_features"],)
+    else:
+        size = accepted.get("img_size") or (224 if accepted.get("num_classes") == 1000 else 32)
+        shape = (accepted.get("in_channels", 3), size, size)
+    return torch.empty((o.batch, *shape), device="meta")
 
 
 def _bench(o: argparse.Namespace) -> int:

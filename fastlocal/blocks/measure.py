@@ -50,7 +50,12 @@ class _OpMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE) and not self._is_leaf(func):
+        known = func.namespace != "prim"  # what fake tensors ask of their device is no operator of the dispatcher
+        if (
+            known
+            and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+            and not self._is_leaf(func)
+        ):
             with self:  # ATen's own composition, not func.decompose(), which prefers a Python one with other operators
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         out = func(*args, **kwargs)

@@ -108,7 +108,7 @@ class _Copies:
             sizes = [c.numel() for c in self.copies]
             self.flat = self.copies[0].new_empty(sum(sizes))
             self.copies = [part.view(c.shape) for c, part in zip(self.copies, self.flat.split(sizes))]
-            owner = torch.repeat_interleave(torch.tensor(self.blocks), torch.tensor(sizes))
+            owner = torch.repeat_interleave(torch.tensor(self.blocks), torch.tensor(sizes), output_size=sum(sizes))
             self.owner = owner.to(self.flat.device)
 
     def fit(self, live: list[Tensor]) -> bool:

@@ -266,7 +266,7 @@ class _Builder:
         sites = self._sites(units, starts, ends, found)
         self.method.resolve(sites)
         like = next(self.net.parameters())
-        heads = [self.method.head(site).to(device=like.device, dtype=like.dtype) for site in sites]
+        heads = [_as_backbone(self.method.head(site), like) for site in sites]
         blocks = []
         for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
             buffers = {id(b) for m in found.modules[k] for b in m._buffers.values() if b is not None}
@@ -452,6 +452,18 @@ def _split_tied(net: nn.Module, found: Audit, *, link: bool) -> list[CopyLink]:
             if link:
                 links.append(CopyLink(owner, slot))
     return links
+
+
+def _as_backbone(head: nn.Module, like: Tensor) -> nn.Module:
+    """On the device and in the dtype of the backbone; parameters that are so already stay (fake ones cannot be swapped)."""
+    if any(p.device != like.device or p.dtype != like.dtype for p in head.parameters()):
+        return head.to(device=like.device, dtype=like.dtype)
+    for module in head.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                dtype = like.dtype if buffer.is_floating_point() else buffer.dtype
+                module._buffers[key] = buffer.to(device=like.device, dtype=dtype)
+    return head
 
 
 def _has_dropout(module: nn.Module | None) -> bool:

@@ -1,0 +1,600 @@
+"""`fastlocal.plan`: what a training step will cost, from fake tensors. No device, no data, no training.
+
+The step that is looked at is `Engine`'s own, run on tensors without contents, so the plan follows the engine wherever it
+goes. Bytes, FLOPs and launches are counted; the time is a roofline over them for a device of a table.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count
+
+from fastlocal.blocks.batch import first_tensor
+from fastlocal.blocks.measure import (
+    _MORE_FLOPS,
+    LaunchCounter,
+    SavedBytes,
+    StorageTracker,
+    _launches,
+    _tensors,
+)
+from fastlocal.engine.engine import Engine
+from fastlocal.engine.localize import localize, parse_bytes
+from fastlocal.engine.model import LocalModel
+from fastlocal.engine.optimizer import OptimizerFactory
+from fastlocal.errors import ArgumentError, BackendError, did_you_mean
+
+__all__ = ["Device", "DEVICES", "BlockPlan", "Plan", "plan"]
+
+
+# --------------------------------------------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """The roof of a roofline.
+
+    Attributes:
+        name: shown in plans.
+        flops: peak dense FLOP/s by dtype; a dtype that is missing counts as float32.
+        bandwidth: bytes per second of its memory.
+        launch: seconds an operator takes at least. Not on any data sheet: an assumption for PyTorch's eager mode.
+        memory: bytes it has, None for a host.
+        tf32: FLOP/s of float32 products in TF32, used where PyTorch's flags allow it (by default for convolutions).
+    """
+
+    name: str
+    flops: dict[torch.dtype, float]
+    bandwidth: float
+    launch: float
+    memory: int | None = None
+    tf32: float | None = None
+
+
+def _tensor_cores(half: float, single: float, double: float) -> dict[torch.dtype, float]:
+    return {torch.bfloat16: half, torch.float16: half, torch.float32: single, torch.float64: double}
+
+
+# NVIDIA's data sheets for the SXM boards, dense (without sparsity); the 80 GB A100. The CPU entry is the arithmetic of one
+# AVX2 core (2 FMA units x 8 lanes x 2 at 2.5 GHz) with its share of a server's memory.
+DEVICES: dict[str, Device] = {
+    "h100": Device("h100", _tensor_cores(989e12, 67e12, 67e12), 3.35e12, 5e-6, 80 * 10**9, 494e12),
+    "h200": Device("h200", _tensor_cores(989e12, 67e12, 67e12), 4.8e12, 5e-6, 141 * 10**9, 494e12),
+    "a100": Device("a100", _tensor_cores(312e12, 19.5e12, 19.5e12), 2.039e12, 5e-6, 80 * 10**9, 156e12),
+    "cpu-core": Device("cpu-core", _tensor_cores(80e9, 80e9, 40e9), 10e9, 5e-6),
+}
+
+_OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "sgd": lambda named: torch.optim.SGD(named, lr=0.1),
+    "momentum": lambda named: torch.optim.SGD(named, lr=0.1, momentum=0.9),
+    "adam": lambda named: torch.optim.AdamW(named, lr=1e-3),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- result
+
+
+@dataclass
+class BlockPlan:
+    """One block's part of a step. Bytes are those alive above what outlives every step.
+
+    Attributes:
+        index, name: of the block.
+        parameters: how many numbers it trains, head included.
+        boundary_bytes: of its output, which is all that lives on when the block is done.
+        peak_bytes: the most bytes alive while the block runs; the sum of the next three.
+        saved_bytes, gradient_bytes, workspace_bytes: at that moment, what autograd holds for backward (the block's input
+            among it), gradients of parameters, and the rest: values on their way, and what earlier blocks left.
+        most_saved_bytes: the most that autograd holds at any moment.
+        flops: of products (matrix, convolution, attention), forward and backward; a multiply-accumulate is two.
+        bytes_moved: of the inputs and outputs of every launched operator, update included.
+        launches: as `fastlocal.blocks.measure.LaunchCounter` counts.
+        seconds: sum over operators of the largest of FLOPs, bytes and launches over the device's figures.
+    """
+
+    index: int
+    name: str
+    parameters: int = 0
+    boundary_bytes: int = 0
+    peak_bytes: int = 0
+    saved_bytes: int = 0
+    gradient_bytes: int = 0
+    workspace_bytes: int = 0
+    most_saved_bytes: int = 0
+    flops: int = 0
+    bytes_moved: int = 0
+    launches: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Plan:
+    """What a step costs. ``peak_bytes`` is the sum of the five parts it is made of.
+
+    Attributes:
+        method, device, rows, precision: what was planned.
+        parameter_bytes: parameters and buffers, heads included.
+        optimizer_bytes: state of the optimizer.
+        engine_bytes: what the engine keeps between steps (copies of BatchNorm statistics, flags).
+        batch_bytes: the batch itself.
+        blocks: per block.
+    """
+
+    method: str
+    device: Device
+    rows: int
+    precision: str
+    parameter_bytes: int = 0
+    optimizer_bytes: int = 0
+    engine_bytes: int = 0
+    batch_bytes: int = 0
+    blocks: list[BlockPlan] = field(default_factory=list)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What lives through the whole step, the batch included."""
+        return self.parameter_bytes + self.optimizer_bytes + self.engine_bytes + self.batch_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes alive at any moment of a step."""
+        return self.resident_bytes + max(b.peak_bytes for b in self.blocks)
+
+    @property
+    def flops(self) -> int:
+        return sum(b.flops for b in self.blocks)
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(b.bytes_moved for b in self.blocks)
+
+    @property
+    def launches(self) -> int:
+        return sum(b.launches for b in self.blocks)
+
+    @property
+    def seconds(self) -> float:
+        return sum(b.seconds for b in self.blocks)
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """One dict per block, with the attributes of `BlockPlan` as keys."""
+        return [asdict(b) for b in self.blocks]
+
+    def fits(self, budget: str | float | None = None) -> bool:
+        """Whether the peak is within ``budget`` (bytes or "16GiB"; default the device's memory)."""
+        if budget is None:
+            return self.device.memory is None or self.peak_bytes <= self.device.memory
+        return self.peak_bytes <= parse_bytes(budget)
+
+    def to_text(self) -> str:
+        """A table and its sums."""
+        head = ("block", "last unit", "params", "boundary", "peak", "saved", "grads", "workspace", "GFLOP", "moved",
+                "launches", "ms")  # fmt: skip
+        rows: list[tuple[str, ...]] = [head]
+        for b in self.blocks:
+            sizes = (b.boundary_bytes, b.peak_bytes, b.saved_bytes, b.gradient_bytes, b.workspace_bytes)
+            rows.append(
+                (
+                    str(b.index), b.name, f"{b.parameters:,}", *map(_mib, sizes), f"{b.flops / 1e9:,.2f}",
+                    _mib(b.bytes_moved), f"{b.launches:,}", f"{b.seconds * 1e3:.3f}",
+                )
+            )  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = [
+            "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows
+        ]
+        worst = max(self.blocks, key=lambda b: b.peak_bytes)
+        parts = [
+            ("parameters and buffers", self.parameter_bytes),
+            ("optimizer", self.optimizer_bytes),
+            ("engine", self.engine_bytes),
+            ("batch", self.batch_bytes),
+            (f"block {worst.index}", worst.peak_bytes),
+        ]
+        return "\n".join(
+            [
+                f"{self.method}, {len(self.blocks)} blocks, {self.rows} rows, {self.precision}, on {self.device.name}; "
+                "sizes in MiB",
+                *lines,
+                f"peak {_mib(self.peak_bytes)} MiB = " + " + ".join(f"{name} {_mib(n)}" for name, n in parts),
+                f"{self.flops / 1e9:,.1f} GFLOP, {_mib(self.bytes_moved)} MiB moved, {self.launches:,} launches, "
+                f"{self.seconds * 1e3:.2f} ms by the roofline of {self.device.name}",
+            ]
+        )
+
+    def draw(self, path: str | Path) -> None:
+        """Bars per block: peak bytes by what they are, and time. The format is the suffix of ``path``.
+
+        Raises BackendError without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise BackendError("matplotlib is not installed; pip install 'fastlocal[demo]'") from error
+        at = range(len(self.blocks))
+        fig = Figure(figsize=(max(6.0, min(16.0, 3 + 0.25 * len(self.blocks))), 6), layout="constrained")
+        fig.suptitle(f"{self.method}, {self.rows} rows, {self.precision}", fontsize=12)
+        memory, time = fig.subplots(2, 1, sharex=True)
+        low = [0.0] * len(self.blocks)
+        for key, color in (("saved", "#0072B2"), ("gradient", "#D55E00"), ("workspace", "#E69F00")):
+            sizes = [getattr(b, f"{key}_bytes") / 2**20 for b in self.blocks]
+            memory.bar(at, sizes, bottom=low, color=color, label=key)
+            low = [a + b for a, b in zip(low, sizes)]
+        memory.set_ylabel(f"MiB above {_mib(self.resident_bytes)} resident")
+        memory.legend(frameon=False, fontsize=9)
+        time.bar(at, [b.seconds * 1e3 for b in self.blocks], color="#009E73")
+        time.set_ylabel(f"ms, roofline of {self.device.name}")
+        time.set_xlabel("block")
+        for axes in (memory, time):
+            axes.spines[["top", "right"]].set_visible(False)
+        fig.savefig(path)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.method}, {len(self.blocks)} blocks, {self.rows} rows: peak {_mib(self.peak_bytes)} MiB, "
+            f"{self.flops / 1e9:,.1f} GFLOP, {self.launches:,} launches, {self.seconds * 1e3:.2f} ms on {self.device.name})"
+        )
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.2f}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ plan
+
+
+def plan(
+    model: nn.Module | Callable[[], nn.Module],
+    sample: Any,
+    *,
+    device: str | Device = "h100",
+    rows: int | None = None,
+    method: str | None = None,
+    blocks: int | list[str] | Literal["auto"] | None = None,
+    budget: str | float | None = None,
+    optimizer: str | OptimizerFactory = "momentum",
+    precision: str = "32-true",
+    update: Literal["immediate", "end"] = "immediate",
+    memory_format: Literal["preserve", "channels_last"] = "preserve",
+    **options: Any,
+) -> Plan:
+    """Predicts memory, FLOPs, bytes moved, launches and time of one `Engine` step, in steady state.
+
+    Nothing is computed and nothing in ``model`` changes; its weights may be on any device, "meta" included.
+
+    Args:
+        model: a `LocalModel`, a network, or a function without arguments that makes either (called where tensors have no
+            contents, so a network of any size takes no memory).
+        sample: a batch as ``engine.step`` takes it, ``(x, y)`` or a mapping, or the input alone, for which targets are made.
+        device: name in `fastlocal.engine.plan.DEVICES`, or a `Device` with figures of your own. It decides the time only.
+        rows: batch size, where it is not that of the sample.
+        method, blocks, options: for a network, as in `fastlocal.localize`; default "bp". ``"auto"`` takes the fewest blocks
+            whose planned peak is within ``budget``, among 1 to 8 and then steps of a quarter.
+        budget: bytes or "16GiB", for ``blocks="auto"``.
+        optimizer: "sgd", "momentum", "adam", or a function of a block's ``[(name, parameter)]`` as for `Engine`.
+        precision, update, memory_format: as for `Engine`.
+
+    Returns:
+        A `Plan`. Operators are those a CPU would run. Not in it: rounding and fragmentation of an allocator, workspace that a
+        kernel takes and gives back, and what the CUDA context holds.
+
+    Raises:
+        ArgumentError: an argument that does not exist or fit, or a budget that no number of blocks meets.
+    """
+    roof = _device(device)
+    if memory_format not in ("preserve", "channels_last"):
+        raise ArgumentError(f"memory_format: got {memory_format!r}; valid are 'preserve', 'channels_last'")
+    if isinstance(optimizer, str) and optimizer not in _OPTIMIZERS:
+        raise ArgumentError(f"optimizer: got {optimizer!r}. {did_you_mean(optimizer, _OPTIMIZERS)}")
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+        raise ArgumentError(f"rows: expected a batch size of at least 1, got {rows!r}")
+    if (blocks == "auto") != (budget is not None):
+        raise ArgumentError("budget: goes with blocks='auto', and blocks='auto' with budget='16GiB'")
+    factory = _OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    made = {"precision": precision, "update": update, "memory_format": memory_format}
+    # Real tensors that no module registers, such as a method's constants, are let in.
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Reads(), torch.random.fork_rng(devices=[]):
+        net = _fake_model(model, fakes)
+        batch = _fake_batch(sample, fakes)
+        if isinstance(net, LocalModel):
+            if method is not None or blocks is not None or options:
+                raise ArgumentError(
+                    "method, blocks, options: the model is cut already; give its .backbone to cut it anew"
+                )
+            return _plan_step(net, _of_rows(_complete(net, batch), rows), factory, roof, made, fakes)
+        recipe = method or "bp"
+
+        def attempt(count: Any) -> Plan:
+            own = _fake_model(net, fakes)
+            name, extra = ("bp", {}) if blocks == "auto" and count == 1 else (recipe, options)
+            cut = localize(own, name, blocks=count, sample=_of_rows(batch, 2), **extra)
+            return _plan_step(cut.train(), _of_rows(_complete(cut, batch), rows), factory, roof, made, fakes)
+
+        if blocks != "auto":
+            return attempt(blocks)
+        assert budget is not None
+        return _within(attempt, parse_bytes(budget))
+
+
+def _within(attempt: Callable[[int], Plan], budget: int) -> Plan:
+    best: Plan | None = None
+    refused: ArgumentError | None = None
+    counts = sorted({*range(1, 9), *(int(8 * 1.25**i) for i in range(1, 20))})
+    for count in counts:
+        try:
+            found = attempt(count)
+        except ArgumentError as error:  # more blocks than units, or a count that does not suit the method
+            refused = error
+            if count > 8:
+                break
+            continue
+        if found.peak_bytes <= budget:
+            return found
+        if best is None or found.peak_bytes < best.peak_bytes:
+            best = found
+    if best is None:
+        assert refused is not None
+        raise refused
+    raise ArgumentError(
+        f"budget: {budget:,} bytes are too few; the smallest step found takes {best.peak_bytes:,} bytes with "
+        f"blocks={len(best.blocks)}. Give that much, or fewer rows"
+    )
+
+
+def _device(device: str | Device) -> Device:
+    if isinstance(device, Device):
+        return device
+    if device not in DEVICES:
+        raise ArgumentError(
+            f"device: {device!r} is not in the table. {did_you_mean(str(device), DEVICES)} A Device with figures of your own will do too"
+        )
+    return DEVICES[device]
+
+
+def _fake_model(
+    model: Any, fakes: FakeTensorMode, memory_format: torch.memory_format = torch.preserve_format
+) -> nn.Module:
+    """A copy whose parameters and buffers have no contents, in training mode."""
+    if not isinstance(model, nn.Module):
+        made = model() if callable(model) else None
+        if not isinstance(made, nn.Module):
+            raise ArgumentError(f"model: expected a module or a function that makes one, got {type(model).__name__}")
+        return made.train()
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for t in table.values():
+                if t is not None and id(t) not in memo:
+                    memo[id(t)] = _fake(t, memory_format)
+    with FakeCopyMode(fakes):
+        return copy.deepcopy(model, memo).train()
+
+
+def _fake(t: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    """As ``t``, on the CPU, without contents; ``memory_format`` is for what has four dimensions."""
+    if t.dim() == 4 and memory_format is torch.channels_last:
+        same = torch.empty(t.shape, dtype=t.dtype, device="cpu", memory_format=memory_format)
+    else:
+        same = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+    return nn.Parameter(same, t.requires_grad) if isinstance(t, nn.Parameter) else same
+
+
+def _fake_batch(sample: Any, fakes: FakeTensorMode) -> Any:
+    if isinstance(sample, tuple | list) and sample and all(isinstance(n, int) for n in sample):
+        return torch.empty(tuple(sample))
+    if first_tensor(sample) is None:
+        raise ArgumentError("sample: holds no tensor; give a batch such as (x, y), the input, or its shape")
+    return tree_map_only(Tensor, _fake, sample)
+
+
+def _complete(model: LocalModel, batch: Any) -> Any:
+    """With a target, where the batch is the input alone: one index for each row, token or pixel that the output scores."""
+    if not isinstance(batch, Tensor):
+        return batch
+    scores = model.blocks[-1].cost.boundary
+    return batch, torch.zeros((batch.shape[0], *scores[:-1]), dtype=torch.int64)
+
+
+def _of_rows(batch: Any, rows: int | None) -> Any:
+    """The batch with that many rows: what has as many rows as the first tensor gets the new number."""
+    x = first_tensor(batch)
+    if rows is None or x is None or not x.dim() or x.shape[0] == rows:
+        return batch
+    old = x.shape[0]
+    return tree_map_only(
+        Tensor, lambda t: t.new_empty((rows, *t.shape[1:])) if t.dim() and t.shape[0] == old else t, batch
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- one step
+
+
+class _Reads(TorchDispatchMode):
+    """What the host reads from a tensor without contents is 0: the engine asks whether something is not finite."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
+            dtype = args[0].dtype
+            return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
+        if func is torch.ops.aten.equal.default and not any(isinstance(t, FakeTensor) for t in args):
+            with unset_fake_temporarily():  # random states are real
+                return func(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class _Storages(StorageTracker):
+    """Notes what is alive when a block's peak is reached."""
+
+    def __init__(self, saved: SavedBytes):
+        super().__init__()
+        self.saved = saved
+        self.gradients = 0
+        self.base = 0
+        self.block: BlockPlan | None = None
+
+    def enter(self, block: BlockPlan) -> None:
+        self.block, self.gradients = block, 0
+        self.saved.peak = self.saved.current
+        self.mark(str(block.index))
+
+    def _grow(self, nbytes: int) -> None:
+        super()._grow(nbytes)
+        block = self.block
+        if block is None:
+            return
+        block.most_saved_bytes = self.saved.peak
+        now = self.current - self.base
+        if now > block.peak_bytes:
+            block.peak_bytes, block.saved_bytes, block.gradient_bytes = now, self.saved.current, self.gradients
+            block.workspace_bytes = now - self.saved.current - self.gradients
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+_FLOPS = {
+    **_MORE_FLOPS,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+_CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward, torch.ops.aten._convolution}
+
+
+class _Roofline(LaunchCounter):
+    """FLOPs, bytes, launches and time of every launched operator, added to the block that is running."""
+
+    def __init__(self, device: Device):
+        super().__init__()
+        self.roof = device
+        self.block: BlockPlan | None = None
+
+    def _is_leaf(self, func: Any) -> bool:
+        return func.overloadpacket in flop_registry or super()._is_leaf(func)
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        launches = _launches(func, args, kwargs)
+        if not launches or self.block is None:
+            return
+        inputs, outputs = _tensors(args, kwargs), _tensors(out)
+        formula: Any = flop_registry.get(func.overloadpacket) or _FLOPS.get(func.overloadpacket)
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+        # an expanded tensor is no larger than what it is expanded from
+        moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
+        block = self.block
+        block.flops += flops
+        block.bytes_moved += moved
+        block.launches += launches
+        seconds = max(moved / self.roof.bandwidth, launches * self.roof.launch)
+        if flops:
+            seconds = max(seconds, flops / self._peak(func, next(t.dtype for t in inputs if t.is_floating_point())))
+        block.seconds += seconds
+
+    def _peak(self, func: Any, dtype: torch.dtype) -> float:
+        if dtype is torch.float32 and self.roof.tf32 is not None:
+            convolution = func.overloadpacket in _CONVOLUTIONS
+            flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+            if flags[0 if convolution else 1]:
+                return self.roof.tf32
+        return self.roof.flops.get(dtype, self.roof.flops[torch.float32])
+
+
+class _Watched(Engine):
+    """Says which block runs."""
+
+    on_enter: Callable[[int], None] | None = None
+
+    def _enter(self, k: int) -> None:
+        super()._enter(k)
+        if self.on_enter is not None:
+            self.on_enter(k)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _plan_step(
+    model: LocalModel,
+    batch: Any,
+    optimizer: OptimizerFactory,
+    device: Device,
+    made: dict[str, Any],
+    fakes: FakeTensorMode,
+) -> Plan:
+    x = first_tensor(batch)
+    assert x is not None
+    if made["memory_format"] == "channels_last":  # not by Module.to, which cannot swap fake parameters
+        model = _fake_model(model, fakes, torch.channels_last)  # type: ignore[assignment]
+        batch = tree_map_only(
+            Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, batch
+        )
+    weights = [*model.parameters(), *model.buffers()]
+    before = StorageTracker()
+    with before:
+        engine = _Watched(model, optimizer, precision=made["precision"], update=made["update"])
+        engine_bytes = before.current
+        _fill_state(engine)
+    state = [t for s in engine.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+    plan = Plan(
+        repr(model.method),
+        device,
+        x.shape[0] if x.dim() else 1,
+        made["precision"],
+        _nbytes(weights),
+        _nbytes(state),
+        engine_bytes,
+        _nbytes(_tensors(batch)),
+        [BlockPlan(b.index, b.name, sum(p.numel() for p in b.parameters() if p.requires_grad)) for b in model.blocks],
+    )
+    for b, own in zip(plan.blocks, model.blocks):
+        b.boundary_bytes = x.shape[0] * math.prod(own.cost.boundary) * _boundary_size(engine)
+    saved = SavedBytes([*weights, *_tensors(batch)])
+    storages, roofline = _Storages(saved), _Roofline(device)
+
+    def enter(k: int) -> None:
+        storages.enter(plan.blocks[k])
+        roofline.block = plan.blocks[k]
+
+    def accumulated(p: Tensor) -> None:
+        storages.gradients += p.numel() * p.element_size()
+
+    engine.on_enter = enter
+    hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in model.parameters() if p.requires_grad]
+    roofline.block = storages.block = plan.blocks[0]  # what the step begins with
+    gc.collect()
+    try:
+        with storages, roofline, saved:
+            engine.step(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return plan
+
+
+def _boundary_size(engine: Engine) -> int:
+    dtype = engine._dtype or next(engine.model.parameters()).dtype
+    return dtype.itemsize
+
+
+def _fill_state(engine: Engine) -> None:
+    """The optimizer's state as after a first step."""
+    for k, block in enumerate(engine.model.blocks):
+        params = [p for p in block.parameters() if p.requires_grad]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        engine.optimizer.step_block(k)
+        for p in params:
+            p.grad = None
