@@ -159,7 +159,8 @@ def test_large_networks_take_no_memory() -> None:
 
 
 def test_a_budget_chooses_the_blocks() -> None:
-    net = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(5)), nn.Linear(32, 10))
+    units = (nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(32, 32), nn.Tanh()))) for _ in range(4))
+    net = nn.Sequential(*units, nn.Linear(32, 10))
 
     def planned(**how):
         return fl.plan(net, torch.empty(4096, 32), method="dgl", **how)
