@@ -18,7 +18,7 @@ from fastlocal._version import __version__
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError, CheckpointError
 
-_KEY, _FORMAT = "fastlocal", 1
+KEY, _FORMAT = "fastlocal", 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,23 @@ def save(path: str | Path, model: LocalModel, extra: dict[str, Any] | None = Non
     """
     from safetensors.torch import save_file
 
+    tensors, text = pack(model, extra)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, aside, metadata={KEY: text})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def pack(model: LocalModel, extra: dict[str, Any] | None = None) -> tuple[dict[str, Tensor], str]:
+    """What `save` writes: contiguous copies of the tensors on the CPU, and the text of the header.
+
+    Raises:
+        ArgumentError: ``extra`` is not JSON.
+    """
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}  # the format holds each tensor once, so a tied name points to the first one
     first: dict[tuple[Any, ...], str] = {}
@@ -65,17 +82,9 @@ def save(path: str | Path, model: LocalModel, extra: dict[str, Any] | None = Non
             tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     header = {"format": _FORMAT, "version": __version__, "about": describe(model), "same": same, "extra": extra or {}}
     try:
-        text = json.dumps(header)
+        return tensors, json.dumps(header)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"extra: {error}; give what JSON can hold") from error
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, aside, metadata={_KEY: text})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -90,7 +99,7 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"path: there is no file {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
             if not isinstance(header, dict) or header.get("format") != _FORMAT:
                 raise CheckpointError(
                     f"path: {path} is a safetensors file, but not a checkpoint of this version of fastlocal; load its "
@@ -113,6 +122,13 @@ def load(path: str | Path, model: LocalModel) -> dict[str, Any]:
             changed then.
     """
     found = read(path)
+    check(path, found, model)
+    model.load_state_dict(found.tensors)
+    return found.extra
+
+
+def check(path: str | Path, found: Checkpoint, model: LocalModel) -> None:
+    """Raises CheckpointError unless ``found``, read from ``path``, fits ``model``; see `load`."""
     own = describe(model)
     for key, value in own.items():
         if found.about.get(key) != value:
@@ -132,8 +148,6 @@ def load(path: str | Path, model: LocalModel) -> dict[str, Any]:
                 f"path: {name} is {there.dtype} {list(there.shape)} in {path}, {here.dtype} {list(here.shape)} in the model; "
                 "make the network as the checkpoint's was"
             )
-    model.load_state_dict(found.tensors)
-    return found.extra
 
 
 def describe(model: LocalModel) -> dict[str, Any]:

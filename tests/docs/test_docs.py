@@ -59,8 +59,11 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name not in GUIDES and fences(p, "python")], ids=lambda p: p.name
 )
-def test_python_runs(page: Path, few_digits: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """The blocks of a page run one after another, as a reader would type them."""
+def test_python_runs(
+    page: Path, few_digits: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a page run one after another, as a reader would type them; what they write goes elsewhere."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "docs"}
     ran = 0
     for block in fences(page, "python"):
