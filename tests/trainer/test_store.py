@@ -443,6 +443,17 @@ def test_a_failed_save_leaves_what_was_there(copy, monkeypatch, where, number, r
     assert CheckpointStore(copy).load(vit()).step == 2
 
 
+def test_a_checkpoint_whose_replacement_fails_is_put_back_at_once(copy, monkeypatch):
+    real, before = os.rename, (copy / "step-00000002" / "manifest.json").read_bytes()
+    with monkeypatch.context() as patched:
+        new = ".step-00000002.new-"
+        patched.setattr(os, "rename", lambda a, b: raising(errno.EIO)() if a.name.startswith(new) else real(a, b))
+        with pytest.raises(CheckpointError, match=r"^folder: .*cannot be written"):
+            CheckpointStore(copy).save(2, vit(seed=1))
+    assert names(copy) == ["step-00000001", "step-00000002"]
+    assert (copy / "step-00000002" / "manifest.json").read_bytes() == before
+
+
 def test_a_file_that_may_not_grow(copy):
     """The operating system refuses in the middle of a real write."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
