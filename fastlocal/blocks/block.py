@@ -103,8 +103,11 @@ class Block:
     def head_parameters(self) -> list[nn.Parameter]:
         return [slot.value for slot in self._head_slots]  # type: ignore[misc]
 
+    def buffer_slots(self) -> tuple[Slot, ...]:
+        return (*self.buffers, *self._head_buffers)
+
     def all_buffers(self) -> list[Tensor]:
-        return [slot.value for slot in (*self.buffers, *self._head_buffers)]
+        return [slot.value for slot in self.buffer_slots()]
 
     def local_loss(self, h: Tensor, ctx: StepContext) -> LocalLoss:
         """The head's loss of ``h``. Not for the last block."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlocal.blocks.block import Block, Slot
+from fastlocal.blocks.block import Block
 
 _SMALL = 65536  # elements; buffers up to this size are given back together
 
@@ -37,7 +37,7 @@ class Guard:
         self.found = list(self._all_found.unbind())
         self.skipped = torch.zeros(len(blocks), device=device)
         self.first_bad = torch.full((len(blocks),), -1.0, device=device)
-        self._slots = [(slot, k) for k, block in enumerate(blocks) for slot in _buffer_slots(block)]
+        self._slots = [(slot, k) for k, block in enumerate(blocks) for slot in block.buffer_slots()]
         self._copies = self._make_copies(self._live())
 
     def begin(self) -> None:
@@ -176,12 +176,3 @@ class _Number:
 
     def add_(self, count: int) -> None:
         self.calls += count
-
-
-def _buffer_slots(block: Block) -> list[Slot]:
-    """Every buffer of a block's slice and head, read live."""
-    head = [] if block.head is None else list(block.head.named_modules())
-    return [
-        *block.buffers,
-        *(Slot(f"{path}.{key}", m, key) for path, m in head for key, b in m._buffers.items() if b is not None),
-    ]
