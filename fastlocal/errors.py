@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 
 class FastLocalError(Exception):
     """Base of every error that fastlocal raises on purpose."""
@@ -51,6 +53,28 @@ class NonFiniteError(FastLocalError, RuntimeError):
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args` alone and would lose the keyword-only fields.
         return _rebuild_non_finite, (str(self), self.block, self.name, self.step, self.updated)
+
+
+class OutOfMemoryError(FastLocalError, torch.OutOfMemoryError):
+    """The memory of the device did not suffice for a block; the message names it, the peak and the remedies.
+
+    Attributes:
+        block: index of the block that ran.
+        name: its name.
+        step: the training step, counted from 0.
+        phase: what it did: forward, head and backward, or update.
+    """
+
+    def __init__(self, message: str, *, block: int, name: str, step: int, phase: str) -> None:
+        super().__init__(message)
+        self.block, self.name, self.step, self.phase = block, name, step, phase
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_out_of_memory, (str(self), self.block, self.name, self.step, self.phase)
+
+
+def _rebuild_out_of_memory(message: str, block: int, name: str, step: int, phase: str) -> OutOfMemoryError:
+    return OutOfMemoryError(message, block=block, name=name, step=step, phase=phase)
 
 
 def _rebuild_non_finite(message: str, block: int, name: str, step: int, updated: tuple[int, ...]) -> NonFiniteError:

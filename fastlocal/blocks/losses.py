@@ -78,6 +78,15 @@ class CausalLMLoss:
         shifted = F.pad(target[:, 1:], (0, 1), value=self.ignore_index)
         return cross_entropy(logits, shifted, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
 
+    def count(self, target: Tensor) -> Tensor:
+        """Number of tokens that are predicted: int64, 0-dim."""
+        return (target[:, 1:] != self.ignore_index).sum()
+
+    @torch.no_grad()
+    def correct(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Number of tokens that are predicted rightly: int64, 0-dim."""
+        return (logits[:, :-1].argmax(-1) == target[:, 1:]).sum()
+
     def __repr__(self) -> str:
         return f"CausalLMLoss(ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing})"
 

@@ -56,7 +56,10 @@ class CastWeights:
         if self._inside is None:
             return
         k, self._inside = self._inside, None
-        into, source = [], []
+        into: list[Tensor] = []
+        source: list[Tensor] = []
+        grown: list[Tensor] = []
+        more: list[Tensor] = []
         for slot, low, master in zip(self._slots[k], self._lows[k], self._masters, strict=True):
             slot.module._parameters[slot.key] = master  # type: ignore[assignment]
             if low.grad is None:
@@ -65,12 +68,15 @@ class CastWeights:
                 master.grad = torch.empty_like(master)
                 into.append(master.grad)
                 source.append(low.grad)
-            else:  # a tied weight, used elsewhere in the block too
-                master.grad += low.grad
+            else:  # gradients of a micro-batch before, or a tied weight, used elsewhere in the block too
+                grown.append(master.grad)
+                more.append(low.grad)
             low.grad = None
         self._masters = []
         if into:
             torch._foreach_copy_(into, source)
+        if grown:
+            torch._foreach_add_(grown, more)
 
     def _place(self, masters: list[Tensor]) -> list[Tensor]:
         """Tensors in the shared scratch buffer, with the masters' shapes and strides."""

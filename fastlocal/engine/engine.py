@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,16 +14,31 @@ from fastlocal.blocks.adapters import logits_of
 from fastlocal.blocks.batch import split_call
 from fastlocal.blocks.block import Block, start_backward
 from fastlocal.engine.cast import CastWeights
+from fastlocal.engine.clip import Clip
 from fastlocal.engine.guard import BatchCounts, Guard
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
-from fastlocal.engine.output import Hits, StepOutput
+from fastlocal.engine.memory import is_out_of_memory, out_of_memory
+from fastlocal.engine.output import Hits, StepOutput, count_targets
 from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
 
 PRECISIONS = {
     "32-true": None, "fp32": None, "bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
 _CHECK_EVERY = 50  # steps between two looks at the device's non-finite flags, where a look waits for the device
+
+
+@dataclass
+class _Pending:
+    """Micro-batches whose gradients wait for the step that updates.
+
+    Each weighs as many targets as it has, measured in those of the first: equal micro-batches weigh exactly 1.
+    """
+
+    batches: int
+    first: Tensor  # targets of the first micro-batch, float32
+    total: Tensor  # sum of the weights, float32
+    weight: Tensor | None  # of the micro-batch that runs now; None for the first
 
 
 class Engine:
@@ -48,10 +64,12 @@ class Engine:
             ``"skip"`` that block's update, or ``"stop"``: skip it and set ``engine.should_stop``. The block's parameters,
             optimizer state and BatchNorm statistics stay as they were in every case. On an accelerator the flags are read
             every 50 steps (and by `flush`), so that no step waits for the device.
+        clip: limits a block's gradients just before its update: a `Clip`, or a number, which is the largest norm of one
+            block's gradients. ``Clip(..., scope="global")`` takes the norm over all blocks, and needs ``update="end"``.
 
     Attributes:
         optimizer: the `LocalOptimizer`.
-        steps: completed steps.
+        steps: completed steps, each an update.
         should_stop: set by ``nonfinite="stop"``.
 
     Raises:
@@ -73,6 +91,7 @@ class Engine:
         seed: int = 0,
         memory_format: Literal["preserve", "channels_last"] = "preserve",
         nonfinite: Literal["raise", "skip", "stop"] = "raise",
+        clip: Clip | float | None = None,
     ):
         if not isinstance(model, LocalModel):
             raise ArgumentError(f"model: expected a LocalModel from fastlocal.localize, got {type(model).__name__}")
@@ -89,6 +108,13 @@ class Engine:
             raise BackendError("graph: 'on' has no executor in this version; use 'auto' or 'off'")
         if backend in ("triton", "native"):
             raise BackendError(f"backend: the step has no {backend!r} form in this version; use 'auto' or 'reference'")
+        self.clip = Clip.coerce(clip)
+        if self.clip is not None and self.clip.scope == "global" and update != "end":
+            raise ArgumentError(
+                "clip: a norm over all blocks is known only after the last one; use update='end', or scope='block'"
+            )
+        if self.clip is not None:
+            self.clip = self.clip.bind(model)
         self.model = model
         if isinstance(optimizer, LocalOptimizer):
             optimizer.check_model(model)
@@ -118,6 +144,9 @@ class Engine:
         self._streams: list[list[Tensor]] | None = None
         self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self._updated = 0  # blocks whose update is done in this step
+        self._pending: _Pending | None = None
+        self._streams_before: list[list[Tensor]] | None = None
+        self._at = (0, "forward")  # block and phase that runs, for the report of an exhausted memory
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -130,7 +159,48 @@ class Engine:
         Raises:
             ArgumentError: a bad batch; nothing has been changed then.
             NonFiniteError: see ``nonfinite``.
+            OutOfMemoryError: names the block; it and all blocks after it are as they were, and gradients are freed.
         """
+        call = self._unpack(batch, kwargs)
+        self.optimizer.before_step()
+        with self._deterministic():
+            output = self._run(*call, update=True)
+        self.optimizer.after_step()
+        self.steps += 1
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
+        if not self._guard.waits or self.steps % _CHECK_EVERY == 0:
+            self._report()
+        return output
+
+    def accumulate(self, *batch: Any, **kwargs: Any) -> StepOutput:
+        """A micro-batch: its gradients are added up, and the next `step` updates with the mean over all of them.
+
+        The mean is over targets, not over micro-batches: a ragged one counts by what it holds, and targets that the
+        loss ignores do not count (where the criterion has ``ignore_index`` or ``count(target)``, else -100 is taken for
+        it). All blocks' gradients live on until that step, so this costs the memory of one copy of the parameters.
+        BatchNorm takes the statistics of each micro-batch. If a micro-batch fails, the whole group is dropped.
+
+        Returns:
+            The micro-batch's own losses, under the number of the step that it belongs to.
+
+        Raises:
+            As `step`.
+        """
+        call = self._unpack(batch, kwargs)
+        with self._deterministic():
+            return self._run(*call, update=False)
+
+    @property
+    def pending(self) -> int:
+        """Micro-batches that wait for the next `step`."""
+        return 0 if self._pending is None else self._pending.batches
+
+    @property
+    def skipped(self) -> Tensor:
+        """float32 ``[K]`` on the device: how many updates of each block were left out as not finite."""
+        return self._guard.skipped
+
+    def _unpack(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         model = self.model
         call = split_call(batch, kwargs) if batch and kwargs else None
         args, kw, target = call or model.unpack(kwargs or (batch[0] if len(batch) == 1 else batch))
@@ -142,41 +212,36 @@ class Engine:
                 a.contiguous(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a
                 for a in args
             )
-        self.optimizer.before_step()
-        with self._deterministic():
-            output = self._run(args, kw, target)
-        self.optimizer.after_step()
-        self.steps += 1
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
-        if not self._guard.waits or self.steps % _CHECK_EVERY == 0:
-            self._report()
-        return output
+        return args, kw, target
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> StepOutput:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, update: bool) -> StepOutput:
         model = self.model
-        ctx = model.context(args, kwargs, target)
         hits = Hits(target, model.criterion)
         losses: list[Tensor] = []
         last = len(model.blocks) - 1
-        streams = None if self._streams is None else list(self._streams)
         self._updated = 0
 
         def train_block(k: int, h: Tensor) -> Tensor:
             block = model.blocks[k]
+            self._at = (k, "head and backward")
             with torch.autocast(self.device.type, enabled=False) if self._dtype else nullcontext():
-                local, grad_out = block.local_gradient(h, ctx, self._scale(k), self._autocast())
+                local, grad_out = block.local_gradient(h, ctx, self._start(k), self._autocast())
                 losses.append(local.loss.detach())
                 hits.add(local.logits)
                 block.backward(h, grad_out)
                 if self._cast:
                     self._cast.leave()
-                self._finish(block, losses[-1])
+                self._finish(block, losses[-1], update)
             self._enter(k + 1)
             return h.detach()
 
-        self._guard.begin()
+        if self._pending is None:
+            self._streams_before = None if self._streams is None else list(self._streams)
+            self._guard.begin()
         self._batch_counts.begin()
         try:
+            ctx = model.context(args, kwargs, target)
+            self._weigh(target, update)
             self._enter(0)
             with self._autocast():
                 output = model.run(args, kwargs, train_block)
@@ -184,34 +249,70 @@ class Engine:
             losses.append(loss.detach())
             logits = logits_of(output).detach()
             hits.add(logits)
-            start_backward(loss, ctx, self._scale(last))
+            self._at = (last, "backward")
+            start_backward(loss, ctx, self._start(last))
             if self._cast:
                 self._cast.leave()
-            self._finish(model.blocks[last], losses[-1])
+            self._finish(model.blocks[last], losses[-1], update)
             self._leave(last)
-            if self.update == "end":
+            if update and self.update == "end":
                 self._update_all()
             self._batch_counts.end()
-            self._guard.end(self.steps)
-        except BaseException:
-            self._undo(streams)
+            if update:
+                self._guard.end(self.steps)
+                self._pending = None
+            elif self._pending is not None:
+                self._pending.batches += 1
+        except BaseException as error:
+            updated = 0 if self.update == "end" else self._updated
+            self._undo()
+            if is_out_of_memory(error):
+                raise out_of_memory(error, model, *self._at, self.steps, self.device, updated) from error
             raise
         return StepOutput(
             self.steps, torch.stack([v.float() if v.dtype.itemsize < 4 else v for v in losses]), logits, hits
         )
 
-    def _finish(self, block: Block, loss: Tensor) -> None:
+    def _weigh(self, target: Any, update: bool) -> None:
+        """Sets the weight of this micro-batch; a step of one batch weighs nothing and launches nothing."""
+        if self._pending is None:
+            if update:
+                return
+            first = count_targets(target, self.model.criterion)
+            self._pending = _Pending(0, first, torch.ones_like(first), None)
+        else:
+            weight = count_targets(target, self.model.criterion) / self._pending.first
+            self._pending.weight = weight
+            self._pending.total = self._pending.total + weight
+
+    def _start(self, k: int) -> Tensor | None:
+        """What backward of block k's loss starts from, if it is not 1: loss scale times weight of the micro-batch."""
+        scale = self._scale(k)
+        weight = None if self._pending is None else self._pending.weight
+        if weight is None or scale is None:
+            return scale if weight is None else weight
+        return scale * weight
+
+    def _finish(self, block: Block, loss: Tensor, update: bool) -> None:
         """Checks and unscales a block's gradients, then updates it and frees them (or keeps them for the end)."""
         k = block.index
+        if not update:  # a gradient that is not finite stays so in the sum
+            self._guard.check(k, [loss], self._one)
+            return
+        self._at = (k, "update")
         params = self._params[k]
-        # The loss is looked at too: it can be infinite where its gradient is not. Unscaling must not change it.
-        checked = [loss if self._scales is None else loss.clone(), *(p.grad for p in params if p.grad is not None)]
         inverse = self._one if self._scales is None else self._scales[k].reciprocal()
+        if self._pending is not None:
+            inverse = inverse / self._pending.total
+        # The loss is looked at too: it can be infinite where its gradient is not. Unscaling must not change it.
+        checked = [loss if inverse is self._one else loss.clone(), *(p.grad for p in params if p.grad is not None)]
         self._guard.check(k, checked, inverse)
         found = self._guard.found[k]
         if self._scales is not None:
             torch._amp_update_scale_(self._scales[k], self._good[k], found, 2.0, 0.5, 2000)
         if self.update == "immediate":
+            if self.clip is not None:
+                self.clip(params)
             self._step_block(k, found)
             for p in params:
                 p.grad = None
@@ -234,6 +335,10 @@ class Engine:
     def _update_all(self) -> None:
         """``update="end"``: steps every block, or none if any is not finite."""
         bad = self._guard.any_found()
+        if self.clip is not None:
+            together = self.clip.scope == "global"
+            for params in [[p for block in self._params for p in block]] if together else self._params:
+                self.clip(params)
         for k in range(len(self.model.blocks)):
             self._step_block(k, bad)
         self._free_gradients()
@@ -244,10 +349,12 @@ class Engine:
         """Before block k's forward: forget gradients that are not this step's, switch to its random stream."""
         if k:
             self._leave(k - 1)
+        self._at = (k, "forward")
         block = self.model.blocks[k]
         params = self._params[k] = block.parameters()
-        for p in params:
-            p.grad = None
+        if self.pending == 0:
+            for p in params:
+                p.grad = None
         if self._cast:
             self._cast.enter(k)
         if self._streams is not None and block.random:
@@ -257,14 +364,15 @@ class Engine:
         if self._streams is not None and self.model.blocks[k].random:
             self._streams[k] = _random_state(self.device)
 
-    def _undo(self, streams: list[list[Tensor]] | None) -> None:
+    def _undo(self) -> None:
         """After an exception: blocks that were not updated get their buffers back, and no gradient stays."""
         if self._cast:
             self._cast.leave()
         self._batch_counts.end()
         self._guard.end(self.steps, undo=range(0 if self.update == "end" else self._updated, len(self.model.blocks)))
         if self.update == "end":
-            self._streams = streams
+            self._streams = self._streams_before
+        self._pending = None
         self._free_gradients()
 
     def _free_gradients(self) -> None:
@@ -357,6 +465,21 @@ class Engine:
             "good": [g.clone() for g in self._good],
             "skipped": self._guard.skipped.clone(),
             "streams": [[t.clone() for t in s] for s in self._streams or []],
+            "pending": self._pending_state(),
+        }
+
+    def _pending_state(self) -> dict[str, Any] | None:
+        """In the middle of an accumulation: the sums so far, and what a group that fails has to give back."""
+        if self._pending is None:
+            return None
+        grads = [p.grad for params in self._params for p in params]
+        return {
+            "batches": self._pending.batches,
+            "first": self._pending.first.clone(),
+            "total": self._pending.total.clone(),
+            "gradients": [None if g is None else g.clone() for g in grads],
+            "guard": self._guard.state(),
+            "streams": [[t.clone() for t in s] for s in self._streams_before or []],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -378,6 +501,12 @@ class Engine:
             raise ArgumentError(
                 f"state_dict: its random streams are of another device type than {self.device.type!r}; resume on the one it came from"
             )
+        pending = state["pending"]
+        if pending is not None and len(pending["gradients"]) != sum(len(b.parameters()) for b in self.model.blocks):
+            raise ArgumentError(
+                f"state_dict: holds {len(pending['gradients'])} gradients of an accumulation, the model has another number of "
+                "parameters; localize it as the one that was saved"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         for own, saved in zip(self._scales or [], state["scales"], strict=True):
@@ -388,6 +517,22 @@ class Engine:
         self._reported = float(self._guard.skipped.sum())
         streams = [[t.clone() for t in s] for s in state["streams"]]
         self._streams = streams if self.deterministic and streams else None
+        self._load_pending(pending)
+
+    @torch.no_grad()
+    def _load_pending(self, state: dict[str, Any] | None) -> None:
+        self._params = [block.parameters() for block in self.model.blocks]
+        self._free_gradients()
+        self._pending = None
+        if state is None:
+            return
+        for p, saved in zip([p for params in self._params for p in params], state["gradients"], strict=True):
+            if saved is not None:  # with the strides that autograd gives it, which the order of a norm's sum depends on
+                p.grad = torch.empty_like(p, dtype=saved.dtype).copy_(saved)
+        first, total = (state[key].to(self.device) for key in ("first", "total"))
+        self._pending = _Pending(state["batches"], first, total, None)
+        self._guard.load(state["guard"])
+        self._streams_before = [[t.clone() for t in s] for s in state["streams"]] or None
 
     def explain(self) -> str:
         """Which schedule, graph mode and backend serve this engine, and why the others do not."""

@@ -88,6 +88,18 @@ class Guard:
         for copies in self._copies:
             copies.give_back(live, bad)
 
+    def state(self) -> dict[str, Any]:
+        """Between two micro-batches: the flags so far, and the buffers as they were before the first."""
+        return {"found": self._all_found.clone(), "buffers": [c.clone() for part in self._copies for c in part.copies]}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned, for the same blocks."""
+        self._copies = self._make_copies(self._live())
+        self._all_found.copy_(state["found"])
+        for copy, saved in zip([c for part in self._copies for c in part.copies], state["buffers"], strict=True):
+            copy.copy_(saved)
+
     def _live(self) -> list[Tensor]:
         return [slot.value for slot, _ in self._slots]
 

@@ -51,6 +51,20 @@ def count_correct(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.argmax(-1) == target).sum()
 
 
+def count_targets(target: Tensor, criterion: Criterion) -> Tensor:
+    """Number of targets that a mean over ``target`` is taken over: float32, 0-dim, on its device. No host sync.
+
+    The criterion's own ``count(target)`` where it has one; else rows of probabilities, or class indices that are not the
+    criterion's ``ignore_index`` (-100).
+    """
+    own = getattr(criterion, "count", None)
+    if own is not None:
+        return own(target).to(torch.float32)
+    if target.dtype.is_floating_point:
+        return torch.full((), target.numel() / max(1, target.shape[-1]), device=target.device)
+    return (target != getattr(criterion, "ignore_index", -100)).sum().to(torch.float32)
+
+
 class LocalOutput(dict[str, Any]):
     """Result of ``model(x, y)`` in training: attribute and mapping access.
 

@@ -1,0 +1,51 @@
+"""What to say when the memory of a device does not suffice: which block, how much, and what helps."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from fastlocal.engine.model import LocalModel
+from fastlocal.errors import OutOfMemoryError
+
+_CPU = re.compile(r"not enough memory|can't allocate memory|std::bad_alloc", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that a device or the host has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_CPU.search(str(error)))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes ever in use: of PyTorch on an accelerator, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+def out_of_memory(
+    error: BaseException, model: LocalModel, k: int, phase: str, step: int, device: torch.device, updated: int
+) -> OutOfMemoryError:
+    """The error to raise instead of ``error``, which came up in ``phase`` of block k."""
+    block = model.blocks[k]
+    advice = ["a smaller batch with more accumulation"]
+    if len(block.units) > 1:
+        advice.append(f"more blocks (this one has {len(block.units)} units)")
+    advice += ["precision='bf16-mixed'", "a smaller auxiliary head"]
+    kept = f"blocks 0 to {updated - 1} were updated" if updated else "no block was updated"
+    return OutOfMemoryError(
+        f"out of memory in block {k} ('{block.name}'), {phase}, at step {step}; peak so far {peak_bytes(device) / 2**30:.2f} GiB on "
+        f"{device}, and this block saves {block.cost.saved_bytes / 2**20:.2f} MiB a sample. {kept[0].upper()}{kept[1:]} in this step; "
+        f"gradients are freed and training can go on. Try {', '.join(advice)}. fastlocal.plan predicts the peak. ({error})",
+        block=k,
+        name=block.name,
+        step=step,
+        phase=phase,
+    )
