@@ -1,6 +1,7 @@
 """Checkpoints of a `LocalModel`: one safetensors file, tensors with a JSON description in its header. No pickle.
 
-The file is written beside its place and then renamed, so a reader finds the old one or the new one, never half of one.
+The file is written beside its place, synced, and then renamed, so a reader finds the old one or the new one, never half
+of one. The header holds a SHA-256 of itself and of every tensor, which `read` verifies.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastlocal._version import __version__
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError, CheckpointError
+from fastlocal.trainer import _files
 
-KEY, _FORMAT = "fastlocal", 1
+_KEY, _FORMAT = "fastlocal", 2
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,25 @@ def save(path: str | Path, model: LocalModel, extra: dict[str, Any] | None = Non
 
     Raises:
         ArgumentError: ``extra`` is not JSON.
-        OSError: the file cannot be written; an older file at ``path`` is still whole then.
+        CheckpointError: the file cannot be written; an older file at ``path`` is still whole then.
     """
-    from safetensors.torch import save_file
-
-    tensors, text = pack(model, extra)
+    tensors, metadata = pack(model, extra)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, aside, metadata={KEY: text})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _files.write_tensors(aside, tensors, metadata)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _files.sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"path: {path} cannot be written ({error}); {_files.remedy(error)}") from error
 
 
-def pack(model: LocalModel, extra: dict[str, Any] | None = None) -> tuple[dict[str, Tensor], str]:
-    """What `save` writes: contiguous copies of the tensors on the CPU, and the text of the header.
+def pack(model: LocalModel, extra: dict[str, Any] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save` writes: contiguous copies of the tensors on the CPU, and the metadata of the header.
 
     Raises:
         ArgumentError: ``extra`` is not JSON.
@@ -79,37 +82,51 @@ def pack(model: LocalModel, extra: dict[str, Any] | None = None) -> tuple[dict[s
             same[name] = first[key]
         else:
             first[key] = name
-            tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    header = {"format": _FORMAT, "version": __version__, "about": describe(model), "same": same, "extra": extra or {}}
+            tensors[name] = _files.to_host(tensor)
+    header = {
+        "format": _FORMAT,
+        "version": __version__,
+        "about": describe(model),
+        "same": same,
+        "extra": extra or {},
+        "tensors": {name: _files.about(t) for name, t in tensors.items()},
+    }
     try:
-        return tensors, json.dumps(header)
+        return tensors, {_KEY: _files.seal(header).decode()}
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"extra: {error}; give what JSON can hold") from error
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Reads a file that `save` wrote.
+    """Reads a file that `save` wrote, and verifies its digests.
 
     Raises:
-        CheckpointError: it is missing, truncated, no safetensors file, or not written by fastlocal.
+        CheckpointError: it is missing, truncated, changed, no safetensors file, or not written by this version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise CheckpointError(f"path: there is no file {str(path)!r}")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if not isinstance(header, dict) or header.get("format") != _FORMAT:
-                raise CheckpointError(
-                    f"path: {path} is a safetensors file, but not a checkpoint of this version of fastlocal; load its "
-                    "tensors with safetensors.torch.load_file"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+        text = _files.read_metadata(path).get(_KEY, "null")
+        header = json.loads(text)
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+            what = f"of format {header.get('format')!r}" if isinstance(header, dict) else "without its header"
+            raise CheckpointError(
+                f"path: {path} is a safetensors file, but not a checkpoint of this version of fastlocal (it is {what}, not "
+                f"{_FORMAT}); load its tensors with safetensors.torch.load_file"
+            )
+        header = _files.unseal(text.encode())
+        tensors = _files.read_tensors(path)
+        bad = _files.differing(tensors, header["tensors"])
+    except _files.UNREADABLE as error:
         raise CheckpointError(
             f"path: {path} is truncated or no checkpoint of fastlocal ({error}); use an older one, or save it anew"
         ) from error
+    if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        raise CheckpointError(
+            f"path: {path} is damaged in tensor {bad[0]}{more} (its digest differs); use an older one, or save it anew"
+        )
     tensors |= {name: tensors[target] for name, target in header["same"].items()}
     return Checkpoint(tensors, header["about"], header["extra"])
 
@@ -148,6 +165,59 @@ def check(path: str | Path, found: Checkpoint, model: LocalModel) -> None:
                 f"path: {name} is {there.dtype} {list(there.shape)} in {path}, {here.dtype} {list(here.shape)} in the model; "
                 "make the network as the checkpoint's was"
             )
+
+
+def match(path: Path, found: Checkpoint, model: LocalModel) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """For a checkpoint that was cut elsewhere: the state to load, the units whose heads it brings, what is left out, in words.
+
+    Raises:
+        CheckpointError: another method or number of classes, or the backbone does not fit.
+    """
+    own = describe(model)
+    for key in ("method", "num_classes"):
+        if found.about.get(key) != own[key]:
+            raise CheckpointError(
+                f"path: {path} has {key} {found.about.get(key)!r}, the model {own[key]!r}; take the network alone with "
+                f"fastlocal.trainer.read({str(path)!r}).backbone()"
+            )
+    state = model.state_dict()
+
+    def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    def form(tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {n: (t.dtype, list(t.shape)) for n, t in tensors.items()}
+
+    here, there = form(part(state, "backbone.")), form(part(found.tensors, "backbone."))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise CheckpointError(
+                f"path: backbone.{name} is {there.get(name, 'missing')} in {path}, {here.get(name, 'missing')} in the model; make "
+                "the network as the checkpoint's was"
+            )
+    state |= {name: t for name, t in found.tensors.items() if name.startswith("backbone.")}
+    before, after = found.about["blocks"], own["blocks"]
+    kept, left = [], []
+    for k, unit in enumerate(after[:-1]):
+        j = before[:-1].index(unit) if unit in before[:-1] else None
+        if j is None:
+            left.append(f"the head of block {k} ('{unit}') stays as it is: the checkpoint has none there")
+            continue
+        theirs = part(found.tensors, f"heads.{j}.")
+        if form(theirs) != form(part(state, f"heads.{k}.")):
+            left.append(f"the head of block {k} ('{unit}') stays as it is: the checkpoint's has other tensors")
+            continue
+        state |= {f"heads.{k}.{name}": t for name, t in theirs.items()}
+        kept.append(unit)
+    left += [
+        f"the checkpoint's head {j} ('{u}') has no place" for j, u in enumerate(before[:-1]) if u not in after[:-1]
+    ]
+    left += [
+        f"{key}: the checkpoint has {found.about.get(key)!r}, the model {own[key]!r}"
+        for key in ("mode", "options")
+        if found.about.get(key) != own[key]
+    ]
+    return state, kept, left
 
 
 def describe(model: LocalModel) -> dict[str, Any]:

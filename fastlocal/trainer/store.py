@@ -6,9 +6,7 @@ one that bears this name is whole; its ``manifest.json``, written last, says wha
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -17,7 +15,6 @@ import re
 import secrets
 import shutil
 import warnings
-from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -32,14 +29,14 @@ from fastlocal._version import __version__
 from fastlocal.engine.engine import Engine
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError, CheckpointError
+from fastlocal.trainer import _files
 from fastlocal.trainer import checkpoint as model_file
 
-_FORMAT = 1
+_FORMAT = 2
 _MODEL, _STATE, _TREE, _MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = re.compile(r"\.(step-\d{8,})\.(new|old)-[0-9a-f]{8}")
 _Folders = list[tuple[int, Path]]  # step and path; within the class, `list` is its method
-_MARK = "~"  # the key that tells what is no plain JSON in state.json
 
 
 @dataclass(frozen=True)
@@ -124,16 +121,20 @@ class CheckpointStore:
 
     def list(self) -> _Saved:
         """The checkpoints whose manifest is whole and whose files have the right sizes, oldest first. Reads no tensor."""
-        found = []
-        for step, path in self._folders():
-            with suppress(_Damaged):
-                found.append(Saved(step, path, _read_manifest(path, step)["metric"]))
-        return found
+        self._recover()
+        return self._whole()
 
     def latest(self) -> Saved | None:
         """The last of `list`, or None. Whether its tensors are whole is known once `load` has read them."""
         found = self.list()
         return found[-1] if found else None
+
+    def _whole(self) -> _Saved:
+        found = []
+        for step, path in self._folders():
+            with suppress(_Damaged):
+                found.append(Saved(step, path, _read_manifest(path, step)["metric"]))
+        return found
 
     def _folders(self) -> _Folders:
         if not self.folder.is_dir():
@@ -171,8 +172,6 @@ class CheckpointStore:
             CheckpointError: the disk is full, the folder cannot be written, or similar. What was written is removed, and
                 the checkpoints that were there are untouched.
         """
-        from safetensors import SafetensorError
-
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ArgumentError(f"step: got {step!r}; give an integer from 0")
         if metric is not None and not isinstance(metric, (int, float)):
@@ -180,14 +179,14 @@ class CheckpointStore:
         _check_engine(model, engine)
         if engine is not None:
             engine.flush()
-        weights, header = model_file.pack(model)
+        weights, metadata = model_file.pack(model)
         tensors: dict[str, Tensor] = {}
         tree: dict[str, Any] = {
-            "extra": _encode(extra, "extra", tensors),
-            "random": _encode(_random(), "random", tensors),
+            "extra": _files.encode(extra, "extra", tensors),
+            "random": _files.encode(_random(), "random", tensors),
         }
         if engine is not None:
-            tree["engine"] = _encode(engine.state_dict(), "engine", tensors)
+            tree["engine"] = _files.encode(engine.state_dict(), "engine", tensors)
         about = {"model": model_file.describe(model), "engine": None if engine is None else _describe(engine)}
 
         final = self.folder / f"step-{step:08d}"
@@ -199,28 +198,27 @@ class CheckpointStore:
                 aside = self._aside(final.name, "new")
                 os.mkdir(aside)
                 hold = os.open(aside, os.O_RDONLY)
-                _flock(hold, fcntl.LOCK_EX)  # until it is renamed: a folder that nobody holds is a leftover
+                _files.flock(hold, fcntl.LOCK_EX)  # until it is renamed: a folder that nobody holds is a leftover
             files = {
-                _MODEL: _write_tensors(aside / _MODEL, weights, {model_file.KEY: header}),
+                _MODEL: _write_tensors(aside / _MODEL, weights, metadata),
                 _STATE: _write_tensors(aside / _STATE, tensors, {}),
-                _TREE: _write_bytes(aside / _TREE, json.dumps(tree).encode()),
+                _TREE: _files.write_bytes(aside / _TREE, json.dumps(tree, allow_nan=False).encode()),
             }
-            metric = None if metric is None else float(metric)
             manifest = {
                 "format": _FORMAT,
                 "version": __version__,
                 "step": step,
-                "metric": metric,
+                "metric": _files.encode(None if metric is None else float(metric), "metric", {}),
                 **about,
                 "files": files,
             }
-            _write_bytes(aside / _MANIFEST, _seal(manifest))
+            _files.write_bytes(aside / _MANIFEST, _files.seal(manifest))
             os.fsync(hold)
             with self._locked():
                 self._publish(aside, final)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise CheckpointError(
-                f"folder: the checkpoint of step {step} cannot be written to {self.folder} ({error}); {_remedy(error)}. The "
+                f"folder: the checkpoint of step {step} cannot be written to {self.folder} ({error}); {_files.remedy(error)}. The "
                 "checkpoints that were there are untouched"
             ) from error
         finally:
@@ -240,13 +238,18 @@ class CheckpointStore:
     def _locked(self) -> Iterator[None]:
         handle = os.open(self.folder, os.O_RDONLY)
         try:
-            _flock(handle, fcntl.LOCK_EX)
+            _files.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
 
     def _aside(self, name: str, kind: str) -> Path:
         return self.folder / f".{name}.{kind}-{secrets.token_hex(4)}"
+
+    def _recover(self) -> None:
+        if self.folder.is_dir():
+            with suppress(OSError), self._locked():  # a folder that may only be read is read as it is
+                self._clean()
 
     def _clean(self) -> None:
         """Removes what a killed process has left; gives back a checkpoint that was about to be replaced."""
@@ -260,7 +263,7 @@ class CheckpointStore:
     def _clean_one(self, path: Path, final: Path, kind: str) -> None:
         handle = os.open(path, os.O_RDONLY)
         try:
-            if not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if not _files.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 return
             if kind == "old" and not final.exists():
                 os.rename(path, final)
@@ -276,18 +279,21 @@ class CheckpointStore:
             os.rename(final, old)
         try:
             os.rename(aside, final)
-        except OSError:
+            _files.sync(self.folder)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(final, aside)
             if old is not None:
                 os.rename(old, final)
             raise
-        _sync(self.folder)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
     def _retain(self, step: int) -> None:
-        past = [saved for saved in self.list() if saved.step <= step]
-        whole = [saved for saved in past if saved.path not in self._damaged]
+        whole = [saved for saved in self._whole() if saved.step <= step and saved.path not in self._damaged]
         last = whole[-self.keep_last :]
+        if not last:  # another process has removed it already
+            return
         sign = 1 if self.better == "higher" else -1
         ranked = sorted(
             (s for s in whole if s.metric is not None and not math.isnan(s.metric)),
@@ -332,9 +338,7 @@ class CheckpointStore:
         if heads not in ("exact", "match"):
             raise ArgumentError(f"heads: got {heads!r}; valid are 'exact', 'match'")
         _check_engine(model, engine)
-        if self.folder.is_dir():
-            with suppress(OSError), self._locked():
-                self._clean()
+        self._recover()
         folders = self._folders()[::-1]
         if step is not None:
             have = [number for number, _ in folders]
@@ -378,7 +382,7 @@ def _apply(
     if heads == "exact":
         model_file.check(path, content.model, model)
     else:
-        state, kept, left = _match(path, content.model, model)
+        state, kept, left = model_file.match(path, content.model, model)
     engine_state = None
     if engine is not None and left:
         left.append("the engine's state, which belongs to all heads together")
@@ -403,57 +407,6 @@ def _apply(
     if engine_state is not None:
         _set_random(content.tree["random"])
     return replace(loaded, extra=content.tree["extra"], heads=kept, left=left)
-
-
-def _match(
-    path: Path, found: model_file.Checkpoint, model: LocalModel
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The state to load, the units whose heads it brings, and what is left out, in words."""
-    own = model_file.describe(model)
-    for key in ("method", "num_classes"):
-        if found.about.get(key) != own[key]:
-            raise CheckpointError(
-                f"path: {path} has {key} {found.about.get(key)!r}, the model {own[key]!r}; take the network alone with "
-                f"fastlocal.trainer.read({str(path)!r}).backbone()"
-            )
-    state = model.state_dict()
-
-    def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    def form(tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {n: (t.dtype, list(t.shape)) for n, t in tensors.items()}
-
-    here, there = form(part(state, "backbone.")), form(part(found.tensors, "backbone."))
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise CheckpointError(
-                f"path: backbone.{name} is {there.get(name, 'missing')} in {path}, {here.get(name, 'missing')} in the model; make "
-                "the network as the checkpoint's was"
-            )
-    state |= {name: t for name, t in found.tensors.items() if name.startswith("backbone.")}
-    before, after = found.about["blocks"], own["blocks"]
-    kept, left = [], []
-    for k, unit in enumerate(after[:-1]):
-        j = before[:-1].index(unit) if unit in before[:-1] else None
-        if j is None:
-            left.append(f"the head of block {k} ('{unit}') stays as it is: the checkpoint has none there")
-            continue
-        theirs = part(found.tensors, f"heads.{j}.")
-        if form(theirs) != form(part(state, f"heads.{k}.")):
-            left.append(f"the head of block {k} ('{unit}') stays as it is: the checkpoint's has other tensors")
-            continue
-        state |= {f"heads.{k}.{name}": t for name, t in theirs.items()}
-        kept.append(unit)
-    left += [
-        f"the checkpoint's head {j} ('{u}') has no place" for j, u in enumerate(before[:-1]) if u not in after[:-1]
-    ]
-    left += [
-        f"{key}: the checkpoint has {found.about.get(key)!r}, the model {own[key]!r}"
-        for key in ("mode", "options")
-        if found.about.get(key) != own[key]
-    ]
-    return state, kept, left
 
 
 def _check_engine(model: LocalModel, engine: Engine | None) -> None:
@@ -498,124 +451,16 @@ def _set_random(state: dict[str, Any]) -> None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for ``value``; its tensors go to ``tensors``. `_decode` gives the same types back."""
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value)
-    if isinstance(value, Tensor):
-        name = where
-        while name in tensors:
-            name += "_"
-        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {_MARK: "tensor", "name": name}
-    if type(value) is list:
-        return [_encode(v, f"{where}.{i}", tensors) for i, v in enumerate(value)]
-    if type(value) is tuple:
-        return {_MARK: "tuple", "items": [_encode(v, f"{where}.{i}", tensors) for i, v in enumerate(value)]}
-    if type(value) in (dict, OrderedDict, Counter):
-        kind = "counter" if type(value) is Counter else "dict"
-        if kind == "dict" and _MARK not in value and all(type(k) is str for k in value):
-            return {k: _encode(v, f"{where}.{k}", tensors) for k, v in value.items()}
-        if all(isinstance(k, (str, int, float, type(None))) for k in value):
-            return {_MARK: kind, "items": [[k, _encode(v, f"{where}.{k}", tensors)] for k, v in value.items()]}
-    raise ArgumentError(
-        f"{where}: cannot be saved, for it is {type(value).__name__}; give numbers, strings, None, tensors, and dicts, lists "
-        "and tuples of these"
-    )
-
-
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get(_MARK)
-    if kind is None:
-        return {k: _decode(v, tensors) for k, v in value.items()}
-    if kind == "tensor":
-        return tensors[value["name"]].clone()  # what safetensors gives may still be backed by the file
-    if kind == "tuple":
-        return tuple(_decode(v, tensors) for v in value["items"])
-    items = {k: _decode(v, tensors) for k, v in value["items"]}
-    return Counter(items) if kind == "counter" else items
-
-
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     """Writes and syncs; returns the manifest's entry."""
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata=metadata)
-    _sync(path)
-    return {**_measure(path), "tensors": {name: _about(t) for name, t in sorted(tensors.items())}}
-
-
-def _write_bytes(path: Path, content: bytes) -> dict[str, Any]:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
-
-
-def _about(tensor: Tensor) -> dict[str, Any]:
-    digest = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest.hexdigest()}
-
-
-def _dump(content: dict[str, Any]) -> bytes:
-    return json.dumps(content).encode()
-
-
-def _seal(manifest: dict[str, Any]) -> bytes:
-    return _dump({**manifest, "sha256": hashlib.sha256(_dump(manifest)).hexdigest()})
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flock(handle: int, how: int) -> bool:
-    """Whether the lock was got. A file system without locks (some network ones) has one writer, by the user's care."""
-    try:
-        fcntl.flock(handle, how)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
-    return True
-
-
-def _remedy(error: Exception) -> str:
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-        return "free some space, lower keep_last, or choose a folder on another disk"
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "os error 30" in str(error):
-        return "choose a folder that this process may write to"
-    return "look at the disk, or choose another folder"
+    _files.write_tensors(path, tensors, metadata)
+    return {**_files.measure(path), "tensors": {name: _files.about(t) for name, t in sorted(tensors.items())}}
 
 
 def _read_manifest(path: Path, step: int) -> dict[str, Any]:
     """The manifest, its own digest checked, of files that exist and have the right sizes."""
-    file = path / _MANIFEST
     try:
-        raw = file.read_bytes()
-        manifest = json.loads(raw)
-        manifest.pop("sha256")
-        if raw != _seal(manifest):
-            raise _Damaged(f"{_MANIFEST} is not as it was written (its digest differs)")
+        manifest = _files.unseal((path / _MANIFEST).read_bytes())
         if manifest["format"] != _FORMAT:
             raise _Damaged(
                 f"{_MANIFEST} is of format {manifest['format']!r}; this version of fastlocal reads {_FORMAT}"
@@ -626,12 +471,13 @@ def _read_manifest(path: Path, step: int) -> dict[str, Any]:
             want, have = manifest["files"][name]["bytes"], (path / name).stat().st_size
             if want != have:
                 raise _Damaged(f"{name} has {have} bytes instead of {want}")
+        manifest["metric"] = _files.decode(manifest["metric"], {})
     except FileNotFoundError as error:
         raise _Damaged(f"{Path(error.filename).name} is missing") from error
     except OSError as error:
         raise _Damaged(f"it cannot be read ({error})") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damaged(f"{_MANIFEST} is no manifest ({type(error).__name__}: {error})") from error
+    except _files.UNREADABLE as error:
+        raise _Damaged(f"{_MANIFEST} is damaged or no manifest ({type(error).__name__}: {error})") from error
     return manifest
 
 
@@ -641,41 +487,28 @@ def _read(path: Path, step: int) -> _Content:
     files = manifest["files"]
     try:
         for name in (_MODEL, _STATE, _TREE):
-            if _measure(path / name)["sha256"] != files[name]["sha256"]:
-                which = _first_bad(path / name, files[name].get("tensors", {}))
+            if _files.measure(path / name)["sha256"] != files[name]["sha256"]:
+                which = _where(path / name, files[name].get("tensors", {}))
                 raise _Damaged(f"{name} is not as it was written (its digest differs){which}")
-        model = model_file.read(path / _MODEL)
-        tensors = _load_tensors(path / _STATE)
-        # Once more, of what stands in memory now: the files could have been changed since.
-        for name, got in ((_MODEL, model.tensors), (_STATE, tensors)):
-            for key, about in files[name]["tensors"].items():
-                if key not in got or _about(got[key]) != about:
-                    raise _Damaged(f"{name}: tensor {key} is not as it was saved (its digest differs)")
-        tree = _decode(json.loads((path / _TREE).read_bytes()), tensors)
+        # Once more, of what stands in memory now: a write that went wrong has a file's digest that fits.
+        model = model_file.read(path / _MODEL)  # which has digests of its own
+        tensors = _files.read_tensors(path / _STATE)
+        if bad := _files.differing(tensors, files[_STATE]["tensors"]):
+            raise _Damaged(f"{_STATE}: tensor {bad[0]} is not as it was saved (its digest differs)")
+        tree = _files.decode(json.loads((path / _TREE).read_bytes()), tensors)
         return _Content(model, tree, manifest["engine"])
-    except (OSError, CheckpointError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (CheckpointError, *_files.UNREADABLE) as error:
         raise _Damaged(f"it cannot be read ({error})") from error
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path.name}: {error}") from error
-
-
-def _first_bad(path: Path, tensors: dict[str, Any]) -> str:
+def _where(path: Path, tensors: dict[str, Any]) -> str:
     """Which tensor of a damaged file differs, in words; empty for a file without tensors."""
     if not tensors:
         return ""
     try:
-        got = _load_tensors(path)
-    except (CheckpointError, OSError, ValueError, TypeError):
+        bad = _files.differing(_files.read_tensors(path), tensors)
+    except _files.UNREADABLE:
         return "; its header is unreadable, so all of its tensors are lost"
-    bad = [name for name, about in tensors.items() if name not in got or _about(got[name]) != about]
     if not bad:
         return "; in its header"
     return f", in tensor {bad[0]}" + (f" and {len(bad) - 1} more" if bad[1:] else "")
