@@ -127,7 +127,8 @@ def _cifar_binary(label_bytes: int) -> Callable[[list[Path]], Part]:
             counts = ", ".join(f"{path.name} {len(part)}" for path, part in zip(paths, parts))
             raise _broken(paths[0].parent, f"its training files should hold equally many images, but: {counts}")
         records = np.concatenate(parts)
-        return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1].astype(np.int64)
+        pixels = np.ascontiguousarray(records[:, label_bytes:]).reshape(-1, 3, 32, 32)
+        return pixels, records[:, label_bytes - 1].astype(np.int64)
 
     return parse
 

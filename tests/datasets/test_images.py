@@ -106,3 +106,22 @@ def test_a_damaged_file(tmp_path, keep):
     path.write_text("not an archive, but text")
     with pytest.raises(ArgumentError, match=r"cannot read .*half\.npz"):
         load(path)
+
+
+def test_subsets(tmp_path):
+    y = np.array([0, 1, 2, 1, 1, 0, 2, 1, 0, 1, 0, 0])
+    images = load(write(tmp_path / "set.npz", y_train=y))
+    first = images.subset(2)
+    assert first.y_train.tolist() == [0, 1, 2, 1, 0, 2]
+    assert torch.equal(first.x_train, images.x_train[[0, 1, 2, 3, 5, 6]])
+    assert torch.equal(first.x_test, images.x_test) and torch.equal(first.mean, images.mean)
+    assert images.subset(100).y_train.tolist() == y.tolist() == images.subset(1.0).y_train.tolist()
+    assert torch.bincount(images.subset(0.4).y_train).tolist() == [2, 2, 1]
+    assert torch.bincount(images.subset(0.01).y_train).tolist() == [1, 1, 1], "at least one of each"
+    drawn = [images.subset(2, seed) for seed in range(8)]
+    assert all(torch.bincount(one.y_train).tolist() == [2, 2, 2] for one in drawn)
+    assert torch.equal(images.subset(2, 3).x_train, drawn[3].x_train)
+    assert len({tuple(one.x_train.flatten().tolist()) for one in drawn}) > 1
+    for bad in (0, -1, 0.0, 1.5, True, "2"):
+        with pytest.raises(ArgumentError, match=r"^n: got .*images per class"):
+            images.subset(bad)
