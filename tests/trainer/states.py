@@ -34,12 +34,13 @@ def sgd(named):
     return torch.optim.SGD(named, lr=1e-2, momentum=0.9)
 
 
-def train(engine, steps):
-    """Losses of ``steps`` steps on batches drawn from the global generators, which a resumed run must find as they were."""
+def train(engine, count, accumulate=1):
+    """Losses of ``count`` batches drawn from the global generators, which a resumed run must find as they were."""
     losses = []
-    for _ in range(steps):
+    for _ in range(count):
         x = torch.randn(4, 3, 8, 8) * random.uniform(0.9, 1.1) + float(np.random.normal())
-        losses.append(engine.step(x, torch.randint(4, (4,))).losses)
+        go = engine.step if engine.pending == accumulate - 1 else engine.accumulate
+        losses.append(go(x, torch.randint(4, (4,))).losses)
     return losses
 
 

@@ -1,14 +1,19 @@
+import json
+import math
 import random
 import shutil
 from collections import Counter
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import fastlocal as fl
+from fastlocal import models
 from fastlocal.errors import ArgumentError, CheckpointError
-from fastlocal.trainer import CheckpointStore, load, read, store
+from fastlocal.trainer import CheckpointStore, _files, load, read, store
 from tests.trainer.states import FILES, adamw, assert_same, everything, refused, resnet, sgd, tensors, train, vit
 
 
@@ -32,36 +37,74 @@ def copy(two, tmp_path):
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
+CNN = {"build": resnet, "optimizer": sgd}
+INFOPRO = {"method": "infopro", "lam": (5.0, 0.5)}
+RESUMED = {
+    "dgl": {},
+    "dgl, CNN": {**CNN},
+    "auglocal": {"method": "auglocal"},
+    "auglocal, CNN": {**CNN, "method": "auglocal"},
+    "bp": {"method": "bp", "blocks": 1},
+    "bp, CNN": {**CNN, "method": "bp", "blocks": 1},
+    "predsim": {"method": "predsim"},
+    "predsim, CNN": {**CNN, "method": "predsim"},
+    "infopro, contrast": {**CNN, **INFOPRO},
+    "infopro, cross-entropy": {**CNN, **INFOPRO, "loss": "cross_entropy"},
+}
+ENGINES = {
+    "one stream": {"deterministic": False},
+    "one stream, CNN": {**CNN, "deterministic": False},
+    "AdamW as it was written": {"backend": "reference"},
+    "fused AMSGrad": {"optimizer": lambda named: torch.optim.AdamW(named, lr=1e-2, amsgrad=True, fused=True)},
+    "fused Nesterov": {**CNN, "optimizer": lambda named: torch.optim.SGD(named, 1e-2, 0.9, nesterov=True, fused=True)},
+    "foreach": {**CNN, "optimizer": lambda named: torch.optim.SGD(named, lr=1e-2, momentum=0.9, foreach=True)},
+    "RMSprop": {"optimizer": lambda named: torch.optim.RMSprop(named, lr=1e-3, momentum=0.9, centered=True)},
+    "all blocks at the end": {**CNN, "update": "end"},
+    "clipped": {"clip": 0.1},
+    "in an accumulation": {"accumulate": 2},
+    "in an accumulation, CNN": {**CNN, "accumulate": 2, "clip": 0.1},
+    "in an accumulation, one stream": {"accumulate": 5, "deterministic": False},
+}
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("method", ["dgl", "auglocal"])
-@pytest.mark.parametrize(("build", "optimizer"), [(vit, adamw), (resnet, sgd)])
-def test_a_resumed_run_goes_on_bitwise(tmp_path, build, optimizer, method, precision):
-    def rebuild(seed):
-        model = build(method, seed=seed)
-        made = {"precision": precision, "deterministic": True, "memory_format": "channels_last"}
+@pytest.mark.parametrize("case", RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_goes_on_bitwise(tmp_path, case, precision):
+    resume(tmp_path, precision=precision, **case)
+
+
+@pytest.mark.parametrize("case", ENGINES.values(), ids=ENGINES)
+def test_a_resumed_run_goes_on_bitwise_whatever_the_engine(tmp_path, case):
+    resume(tmp_path, **case)
+
+
+def resume(tmp_path, build=vit, optimizer=adamw, accumulate=1, **options):
+    """Six batches in one go, and three and three with a new model, engine and generators: equal to the last byte."""
+    made = {"deterministic": True, "memory_format": "channels_last"}
+    made |= {k: options.pop(k) for k in ("precision", "deterministic", "backend", "update", "clip") if k in options}
+
+    def start(seed):
+        model = build(seed=seed, **options)
+        torch.manual_seed(seed + 7), random.seed(seed + 7), np.random.seed(seed + 7)
         return model, fl.Engine(model, optimizer, **made, seed=seed)
 
-    def start():
-        model, engine = rebuild(0)
-        torch.manual_seed(7), random.seed(7), np.random.seed(7)
-        return model, engine
-
-    model, engine = start()
-    straight = train(engine, 6)
+    model, engine = start(0)
+    straight = train(engine, 6, accumulate)
     wanted = everything(model, engine)
     CheckpointStore(tmp_path / "straight").save(6, model, engine, {"epoch": 2})
 
-    model, engine = start()
-    first = train(engine, 3)
+    model, engine = start(0)
+    first = train(engine, 3, accumulate)
     kept = CheckpointStore(tmp_path / "resumed")
     kept.save(3, model, engine, {"epoch": 1, "position": 12})
-    train(engine, 1)  # what happened after the save does not matter
+    train(engine, 1, accumulate)  # what happened after the save does not matter
 
-    model, engine = rebuild(1)
-    random.seed(1), np.random.seed(1)
+    model, engine = start(1)
     loaded = kept.load(model, engine)
     assert (loaded.step, loaded.extra, loaded.skipped) == (3, {"epoch": 1, "position": 12}, [])
-    assert torch.equal(torch.stack(straight), torch.stack(first + train(engine, 3))) and engine.steps == 6
+    assert engine.steps == 3 // accumulate and engine.pending == 3 % accumulate
+    assert torch.equal(torch.stack(straight), torch.stack(first + train(engine, 3, accumulate)))
+    assert len({tuple(losses.tolist()) for losses in straight}) == 6 and engine.steps == 6 // accumulate
     assert_same(wanted, everything(model, engine))
 
     kept.save(6, model, engine, {"epoch": 2})
@@ -117,6 +160,110 @@ def test_extra_comes_back_as_it_was(tmp_path, two):
         with pytest.raises(ArgumentError, match=r"^extra\S*: cannot be saved, for it is (object|set|ndarray)"):
             CheckpointStore(tmp_path).save(1, model, extra=bad)
     assert [s.step for s in CheckpointStore(tmp_path).list()] == [0]
+
+
+def test_numbers_that_json_lacks(tmp_path):
+    """The files stay strict JSON, which any reader takes."""
+    values = [float("nan"), float("inf"), -float("inf"), -0.0, 5e-324, 0.1, 2**70, np.float32(0.1), np.int64(3), True]
+    extra = {"values": values, "keys": {float("inf"): 1, 2.5: (None,), False: '\ud800\n"é'}, "numpy": np.bool_(True)}
+    path = CheckpointStore(tmp_path).save(0, vit(), extra=extra, metric=float("nan"))
+    for name in ("state.json", "manifest.json"):
+        json.loads((path / name).read_text(), parse_constant=pytest.fail)
+    loaded = CheckpointStore(tmp_path).load(vit())
+    got = loaded.extra["values"]
+    plain = [v.item() if isinstance(v, np.generic) else v for v in values]
+    assert list(map(repr, got)) == list(map(repr, plain)), "of the same types, signs and digits"
+    assert loaded.extra["keys"] == extra["keys"] and [type(k) for k in loaded.extra["keys"]] == [float, float, bool]
+    assert loaded.extra["numpy"] is True
+    [saved] = CheckpointStore(tmp_path).list()
+    assert math.isnan(saved.metric)
+
+
+def test_tensors_of_every_form(tmp_path):
+    base = torch.randn(4, 6)
+    extra = {
+        "tied": [base, base],
+        "alias": (base[1:], base.view(-1)[3:5]),
+        "transposed": base.t(),
+        "strided": base[:, ::2],
+        "expanded": torch.randn(1, 3).expand(5, 3),
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "scalar": torch.tensor(2.5),
+        "empty": [torch.zeros(0), torch.zeros(0, 3), torch.zeros(2, 0, dtype=torch.bool)],
+        "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+        "negative": torch.randn(3, dtype=torch.complex64).conj().imag,
+        "not finite": torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0]),
+    }
+    dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8)
+    dtypes += (torch.uint8, torch.uint16, torch.bool, torch.float8_e4m3fn)
+    extra |= {str(d): (torch.randn(7) * 3).abs().to(d) for d in dtypes}
+    CheckpointStore(tmp_path).save(0, vit(), extra=extra)
+    base.zero_()  # what is saved are copies
+    got = CheckpointStore(tmp_path).load(vit()).extra
+    assert got.keys() == extra.keys()
+    a, b = tensors(extra), tensors(got)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert b[name].is_contiguous() and not b[name].requires_grad
+        if name.split("/")[1] not in ("tied", "alias", "transposed", "strided"):
+            assert _files.about(_files.to_host(a[name])) == _files.about(b[name]), name
+    assert torch.equal(got["tied"][0], got["tied"][1]) and bool(got["tied"][0].any())
+    assert torch.equal(got["alias"][0], got["tied"][0][1:])
+    assert torch.equal(got["alias"][1], got["tied"][0].view(-1)[3:5])
+    assert torch.equal(got["transposed"].t()[:, ::2], got["strided"])
+    got["tied"][0].zero_()
+    assert bool(got["tied"][1].any()), "values, not aliases, come back"
+    for bad in (torch.eye(2).to_sparse(), torch.zeros(2, dtype=torch.complex128), torch.zeros(2, device="meta")):
+        with pytest.raises(
+            ArgumentError, match=r"^extra\.0: cannot be saved, for it is a tensor of .*give a dense one"
+        ):
+            CheckpointStore(tmp_path).save(1, vit(), extra=[bad])
+
+
+def test_what_a_trainer_adds(tmp_path):
+    """Large tensors stand in state.safetensors, each with its digest; tied weights come back into a tied model."""
+
+    def gpt(seed):
+        torch.manual_seed(seed)
+        net = models.create("gpt", vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
+        return fl.localize(net, "bp", sample=torch.zeros(2, 8, dtype=torch.long))
+
+    model = gpt(0)
+    engine = fl.Engine(model, adamw)
+    averaged = halved(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(engine.optimizer, 0.1, total_steps=10)
+    extra = {
+        "epoch": 1,
+        "batch": 17,
+        "sums": {"loss": torch.randn(1).double(), "count": torch.tensor(68)},
+        "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "_anneal_func"},
+        "ema": {"decay": 0.999, "model": averaged.state_dict()},
+        "callbacks": [{"best": float("inf"), "waited": 0}, {}],
+        "logs": {"metrics.csv": 1234, "steps.csv": 0},
+    }
+    path = CheckpointStore(tmp_path).save(17, model, engine, extra)
+    held = {n for n in safe_open(path / "state.safetensors", "pt").keys() if n.startswith("extra.")}  # noqa: SIM118
+    ema = {f"extra.ema.model.{name}" for name in averaged.state_dict()}
+    assert held == ema | {"extra.sums.loss", "extra.sums.count"}
+    described = json.loads((path / "manifest.json").read_text())["files"]["state.safetensors"]["tensors"]
+    assert all(len(described[name]["sha256"]) == 64 for name in held)
+
+    other = gpt(1)
+    loaded = CheckpointStore(tmp_path).load(other, fl.Engine(other, adamw)).extra
+    other.load_state_dict(loaded["ema"].pop("model"))
+    assert_same(tensors(dict(averaged.state_dict())), tensors(dict(other.state_dict())))
+    extra["ema"].pop("model")
+    assert_same(tensors(extra), tensors(loaded))
+    assert str(loaded) == str(extra)
+
+
+def halved(model):
+    averaged = deepcopy(model)
+    with torch.no_grad():
+        for p in averaged.parameters():
+            p.mul_(0.5)
+    return averaged
 
 
 def test_the_model_file_is_one_of_its_own(two):
