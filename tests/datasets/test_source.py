@@ -226,7 +226,7 @@ def test_sources_are_taken_as_they_are():
         def epoch(self, number, start=0):
             return iter(())
 
-    with pytest.raises(ArgumentError, match="Half has epoch.. but no __len__ and no describe"):
+    with pytest.raises(ArgumentError, match=r"Half has epoch.. but no __len__ and no describe"):
         as_source(Half())
 
 
