@@ -68,7 +68,8 @@ def from_huggingface(
     label = label or _only(features, "ClassLabel", "label")
     arrays: list[Tensor] = []
     channels = 1
-    found = [_read(part, image, label, size, limit) for part in parts]
+    count = sum(map(len, parts))
+    found = [_read(part, image, label, size, count, limit) for part in parts]
     shapes = {x.shape[1:] for pictures, _ in found for x in pictures}
     if len(shapes) > 1:
         shown = " and ".join("x".join(map(str, shape)) for shape in sorted(shapes)[:2])
@@ -101,7 +102,7 @@ def _read(part: Any, image: str, label: str, size: int | None, limit: int) -> tu
                 )
         pictures.append(_pixels(row[image], size, image))
         if i == 0:
-            check_bytes(len(part), pictures[0].shape[1:], len(pictures[0]), limit)
+            check_bytes(count, pictures[0].shape[1:], len(pictures[0]), limit)
         value = row[label]
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise ArgumentError(f"label: row {i} has {value!r} in {label!r}; give a column of class indices")

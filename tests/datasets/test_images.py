@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,3 +126,12 @@ def test_subsets(tmp_path):
     for bad in (0, -1, 0.0, 1.5, True, "2"):
         with pytest.raises(ArgumentError, match=r"^n: got .*images per class"):
             images.subset(bad)
+
+
+def test_importing_needs_no_optional_package():
+    code = (
+        "import sys\nfor name in ('PIL', 'scipy', 'sklearn', 'datasets', 'torchvision'): sys.modules[name] = None\n"
+        "from fastlocal.data import *\nprint(sorted(globals()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "'from_huggingface'" in done.stdout and "'FolderImages'" in done.stdout
