@@ -45,10 +45,17 @@ class Hits:
 
 
 def count_correct(logits: Tensor, target: Tensor) -> Tensor:
-    """Number of rows (or tokens) whose largest score is the target's class; int64, 0-dim. No host sync."""
-    if target.dtype.is_floating_point:
-        target = target.argmax(-1)
-    return (logits.argmax(-1) == target).sum()
+    """Number of rows (tokens, pixels) whose largest score is the target's class; int64, 0-dim. No host sync.
+
+    Classes are the last dimension, or dimension 1 where the target has the other ones ([B, V, H, W] with [B, H, W]).
+    """
+    probabilities = target.dtype.is_floating_point
+    images = logits.dim() > 3
+    if target.shape == (logits.shape if probabilities else logits.shape[:1] + logits.shape[2:]) and (
+        images or (not probabilities and target.shape != logits.shape[:-1])
+    ):
+        return (logits.argmax(1) == (target.argmax(1) if probabilities else target)).sum()
+    return (logits.argmax(-1) == (target.argmax(-1) if probabilities else target)).sum()
 
 
 def count_targets(target: Tensor, criterion: Criterion) -> Tensor:
@@ -60,8 +67,9 @@ def count_targets(target: Tensor, criterion: Criterion) -> Tensor:
     own = getattr(criterion, "count", None)
     if own is not None:
         return own(target).to(torch.float32)
-    if target.dtype.is_floating_point:
-        return torch.full((), target.numel() / max(1, target.shape[-1]), device=target.device)
+    if target.dtype.is_floating_point:  # probabilities, or values: classes are counted once
+        classes = target.shape[1 if target.dim() > 3 else -1] if target.dim() > 1 else 1
+        return torch.full((), target.numel() / max(1, classes), device=target.device)
     return (target != getattr(criterion, "ignore_index", -100)).sum().to(torch.float32)
 
 

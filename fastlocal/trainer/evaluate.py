@@ -453,13 +453,11 @@ def _batches(source: Any, epoch: int) -> Iterable[Any]:
 
 
 def _scores(model: LocalModel, logits: Tensor | None, target: Tensor) -> Tensor | None:
-    """The class scores with the classes last, or None where the output is none (regression)."""
+    """The class scores, or None where the output is none (regression)."""
     if logits is None or hasattr(model.criterion, "correct"):
         return logits
     if target.is_floating_point():
-        return logits if target.shape == logits.shape and logits.dim() > 1 and logits.shape[-1] > 1 else None
-    if target.shape == logits.shape[:-1]:
-        return logits
-    if logits.dim() > 1 and target.shape == logits.shape[:1] + logits.shape[2:]:
-        return logits.movedim(1, -1)  # one target per pixel
-    return None
+        classes = target.shape == logits.shape and logits.dim() > 1 and logits.shape[-1] > 1
+    else:
+        classes = target.shape in (logits.shape[:-1], logits.shape[:1] + logits.shape[2:])
+    return logits if classes else None

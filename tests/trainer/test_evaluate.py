@@ -222,12 +222,30 @@ def test_regression_has_no_accuracy() -> None:
     assert got.loss == pytest.approx(nn.functional.mse_loss(net(x), y).item()) and got.count == 6
 
 
-def test_one_target_per_pixel() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    model = fl.localize(net, "bp", sample=torch.zeros(2, 3, 5, 5), num_classes=4, criterion=cross_entropy)
-    x, y = torch.randn(3, 3, 5, 5), torch.randint(4, (3, 5, 5))
-    got = evaluate(model, [(x, y)])
-    assert got.accuracy == (net(x).argmax(1) == y).sum().item() / 75 and got.count == 75
+@pytest.mark.parametrize("shape", [(5, 5), (4, 4), (6,)])
+def test_one_target_per_pixel(shape: tuple[int, ...]) -> None:
+    conv = nn.Conv2d if len(shape) == 2 else nn.Conv1d
+    net = nn.Sequential(conv(3, 8, 3, padding=1), nn.ReLU(), conv(8, 4, 1))
+    model = fl.localize(net, "bp", sample=torch.zeros(2, 3, *shape), num_classes=4, criterion=cross_entropy)
+    x, y = torch.randn(3, 3, *shape), torch.randint(4, (3, *shape))
+    expected = (net(x).argmax(1) == y).sum().item()
+    got = evaluate(model, [(x[:2], y[:2]), (x[2:], y[2:])])
+    assert got.accuracy == expected / y.numel() and got.count == y.numel()
+    step = fl.Engine(model, lambda named: torch.optim.SGD(named, lr=0.0)).step(x, y)
+    assert step.correct.tolist() == [expected]
+    if len(shape) == 2:  # three dimensions of probabilities have the classes last
+        hot = nn.functional.one_hot(y, 4).movedim(-1, 1).float()
+        soft = evaluate(model, [(x, hot)])
+        assert soft.accuracy == got.accuracy and soft.count == got.count and soft.loss == pytest.approx(got.loss)
+
+
+def test_values_as_targets_count_each() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+    model = fl.localize(net, "bp", sample=torch.zeros(2, 4), criterion=nn.MSELoss(), num_classes=1)
+    x, y = torch.randn(7, 4), torch.randn(7)
+    got = evaluate(model, [(x[:6], y[:6]), (x[6:], y[6:])])
+    assert got.accuracy is None and got.count == 7
+    assert got.loss == pytest.approx(nn.functional.mse_loss(net(x), y).item())
 
 
 def test_a_row_for_the_log() -> None:
