@@ -131,6 +131,22 @@ def test_modes_are_put_back_after_an_error() -> None:
     assert all(m.training for m in model.modules())
 
 
+@pytest.mark.parametrize(("method", "kind", "options"), METHODS)
+def test_nothing_waits_for_the_device_before_the_end(method: str, kind: str, options: dict[str, Any]) -> None:
+    model = make(method, kind, **options).to("meta")  # where reading a value raises
+    read = []
+
+    class Source:
+        def epoch(self, number: int) -> Any:
+            for batch in batches():
+                yield batch
+                read.append(len(batch[1]))
+
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        evaluate(model, Source())
+    assert read == [6, 6, 3] and all(m.training for m in model.modules())
+
+
 @pytest.mark.parametrize("size", [4, 7])
 def test_the_last_accuracy_is_that_of_the_trainer(size: int) -> None:
     g = torch.Generator().manual_seed(0)
