@@ -88,7 +88,9 @@ def from_huggingface(
     return images_of(tuple(arrays), _name(parts[0]), classes, None if names is None else tuple(names))
 
 
-def _read(part: Any, image: str, label: str, size: int | None, limit: int) -> tuple[list[NDArray[np.uint8]], list[int]]:
+def _read(
+    part: Any, image: str, label: str, size: int | None, count: int, limit: int
+) -> tuple[list[NDArray[np.uint8]], list[int]]:
     if callable(getattr(part, "with_format", None)):
         part = part.with_format(None)  # pictures as they are, whatever form the user gets them in
     pictures: list[NDArray[np.uint8]] = []
