@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ def runs(tmp_path_factory):
     """Two runs of equal shapes, each with the checkpoints of steps 1 and 2, and a model file."""
     folder = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
         model = small(seed=seed)
         engine = fl.Engine(model, adamw, deterministic=True)
         for step in (1, 2):
@@ -116,7 +117,7 @@ def test_the_damaged_tensor_is_named(victim, name):
     start = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:start])
     header.pop("__metadata__", None)
-    for tensor in sorted(header)[::5]:
+    for tensor in sorted(header)[::12]:
         begin, end = header[tensor]["data_offsets"]
         path.write_bytes(flip(whole, start + begin, 3))
         assert victim.check(name).endswith(f", in tensor {tensor}"), "that one alone"
@@ -166,8 +167,8 @@ def test_a_file_of_another_checkpoint(runs, victim, name, other):
         victim.check(name)
     elif run == "a":
         victim.check("manifest.json is that of step 1")
-    else:  # of the same step: the files are not those that it describes
-        victim.check("safetensors", "its digest differs")
+    else:  # of the same step: the files are not those that it describes, by their sizes or by their digests
+        assert any(file in victim.check() for file in FILES if file != name)
 
 
 @pytest.mark.parametrize(("one", "two"), list(itertools.combinations(FILES, 2)))
