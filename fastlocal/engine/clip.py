@@ -109,7 +109,7 @@ def _adaptive(params: list[nn.Parameter], factor: float) -> None:
         norms = _unit_norms(grads)
         have = torch.cat([n.reshape(-1) for n in norms])
         most = torch.cat([n.reshape(-1) for n in _unit_norms(group)]).clamp_(min=_EPS).mul_(factor)
-        scale = torch.where(have < most, 1.0, most / have.clamp(min=1e-6)).to(have.dtype)
+        scale = (most / have.clamp(min=1e-6)).masked_fill_(have < most, 1.0).to(have.dtype)
         scales = scale.split([n.numel() for n in norms])
         torch._foreach_mul_(grads, [s.view(n.shape) for s, n in zip(scales, norms)])
 

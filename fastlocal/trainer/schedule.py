@@ -357,8 +357,6 @@ def _named(name: str, options: dict[str, Any], optimizer: Optimizer, epochs: int
     per_step = options.pop("per_step", per_step)
     warm = options.pop("warmup_epochs", 0)
     rate, factor = options.pop("warmup_lr", None), options.pop("warmup_factor", None)
-    if not 0 <= warm < epochs and warm != 0:
-        raise ArgumentError(f"schedule: warmup_epochs must be from 0 to below epochs ({epochs}), got {warm}")
     if rate is not None and factor is not None:
         raise ArgumentError("schedule: give warmup_lr or warmup_factor, not both")
     shape = make(**options)
@@ -496,6 +494,10 @@ def make(spec: Any, optimizer: Optimizer, *, epochs: int, steps_per_epoch: int) 
     if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
         raise ArgumentError(
             f"schedule: the function returned {type(scheduler).__name__}; return one of PyTorch's schedulers"
+        )
+    if per_step and isinstance(scheduler, ReduceLROnPlateau):
+        raise ArgumentError(
+            "schedule: ReduceLROnPlateau goes by the metric of an epoch; pass its function without PerStep"
         )
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ArgumentError(

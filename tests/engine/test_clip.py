@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlocal as fl
 from fastlocal import models
@@ -170,3 +171,29 @@ def test_coerce_refuses(given):
 def test_bad_values(name, args):
     with pytest.raises(ArgumentError, match=f"^{name}: got"):
         Clip(*args)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_nothing_is_read_on_the_host_and_launches_do_not_grow_with_vectors(mode):
+    counts = []
+    for vectors in (1, 20):
+        made = [nn.Parameter(torch.ones(4, 4)), *(nn.Parameter(torch.ones(4)) for _ in range(vectors))]
+        for p in made:
+            p.grad = torch.ones_like(p)
+        with Calls() as calls:
+            Clip(0.1, mode)(made)
+        assert not {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"} & set(calls.names)
+        counts.append(sum(name != "aten::view" for name in calls.names))
+    assert counts[0] == counts[1]

@@ -8,7 +8,7 @@ from torch import nn
 import fastlocal as fl
 from fastlocal.errors import ArgumentError
 from fastlocal.trainer import CheckpointStore, cosine
-from fastlocal.trainer.schedule import PerStep, make
+from fastlocal.trainer.schedule import NAMES, PerStep, make
 
 
 def test_warm_up_then_cosine_on_every_block():
@@ -340,7 +340,8 @@ def test_the_state_of_another_schedule_or_optimizer():
         (("cosine", {"warm_epochs": 3}), "no option 'warm_epochs'. Did you mean \"warmup_epochs\""),
         (("cosine", {"min_lr": -1}), "min_lr must be a number from 0, got -1"),
         (("cosine", {"per_step": 1}), "per_step must be True or False"),
-        (("cosine", {"warmup_epochs": 4}), "from 0 to below epochs"),
+        (("cosine", {"warmup_epochs": -1}), "warmup_epochs must be a number from 0"),
+        (PerStep(torch.optim.lr_scheduler.ReduceLROnPlateau), "without PerStep"),
         (("cosine", {"warmup_epochs": 1, "warmup_lr": 0.1, "warmup_factor": 0.1}), "not both"),
         ("step", "'step' needs decay_epochs"),
         (("step", {"decay_epochs": 0}), "decay_epochs must be above 0"),
@@ -377,3 +378,15 @@ def test_per_step_wants_a_function():
     opt = optimizer(0.1)
     with pytest.raises(ArgumentError, match=r"^make: expected a function"):
         PerStep(torch.optim.lr_scheduler.ConstantLR(opt))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_trainings_of_a_few_steps(name, steps):
+    """As short as a dry run; warm-ups longer than that only rise."""
+    needs = {"step": {"decay_epochs": 3}, "multistep": {"milestones": [9]}, "exponential": {"decay_rate": 0.9}}
+    spec = (name, needs.get(name, {}))
+    if name in ("cosine", "poly", "constant"):
+        spec = (name, {"warmup_epochs": 5})
+    seen = rates(make(spec, optimizer(0.1, momentum=0.9), epochs=1, steps_per_epoch=steps), 1, steps, lambda e: 0.5)
+    assert len(seen) == steps and all(0 < row[0] <= 0.1 for row in seen)
