@@ -65,7 +65,8 @@ def as_source(data: Any, *, seed: int = 0) -> Source:
         seed: of the random stream; a `Source` has its own.
 
     Raises:
-        ArgumentError: a bare iterator or generator, a data set instead of a loader, or nothing iterable.
+        ArgumentError: a bare iterator or generator, a data set instead of a loader, a loader with ``in_order=False`` and
+            workers, or nothing iterable.
     """
     if isinstance(data, Source):
         return data
@@ -90,6 +91,11 @@ def as_source(data: Any, *, seed: int = 0) -> Source:
         )
     if isinstance(data, Tensor | dict | str | bytes) or not isinstance(data, Iterable):
         raise ArgumentError(f"data: {_named(data)} holds no batches; give a DataLoader, a Source, or a list of batches")
+    if getattr(data, "num_workers", 0) and not getattr(data, "in_order", True):
+        raise ArgumentError(
+            "data: a DataLoader with in_order=False gives its batches in the order in which workers finish, which no seed decides; "
+            "make it with in_order=True"
+        )
     return _Loaded(data, seed)
 
 

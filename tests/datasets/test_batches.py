@@ -191,3 +191,12 @@ def test_description():
     }  # fmt: skip
     assert json.loads(json.dumps(described)) == described
     assert Batches(numbered(), batch_size=4).length == 5
+
+
+def test_the_host_reads_nothing_from_the_device():
+    # On the meta device there is nothing to read: whatever waits for a value raises.
+    batches = Batches(numbered().to("meta"), batch_size=4, crop=2, flip=True, cutout=3)
+    assert [(x.device.type, tuple(x.shape), len(y)) for x, y in batches.epoch(0, 3)] == [
+        ("meta", (4, 2, 6, 5), 4),
+        ("meta", (5, 2, 6, 5), 5),
+    ]

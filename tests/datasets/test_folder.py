@@ -130,7 +130,7 @@ def test_a_broken_picture_is_named(tmp_path, content):
     data = FolderImages(tmp_path, size=4)
     with pytest.raises(ArgumentError, match=r"cannot decode .*ant/9\.png"):
         data[data.paths.index(path)]
-    for workers in (0, 1):
+    for workers in (0, 1) if content == b"" else (0,):  # PyTorch takes 5 s to clean up after a worker's error
         with pytest.raises(ArgumentError, match=r"cannot decode .*ant/9\.png"):
             list(data.batches(batch_size=4, workers=workers).epoch(0))
 

@@ -147,6 +147,13 @@ def test_probability_and_switch():
     assert Mixing(mixup=1.0, prob=0.0)(x, y, C, 0, 0)[0] is x
 
 
+def test_the_host_reads_nothing_from_the_device():
+    x, y = (tensor.to("meta") for tensor in batch())
+    for mixing in (Mixing(mixup=1.0, smoothing=0.1), Mixing(cutmix=1.0)):
+        mixed, p = mixing(x, y, C, 0, 0)
+        assert mixed.device.type == p.device.type == "meta" and p.shape == (6, C)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"mixup": -0.1}, {"cutmix": math.inf}, {"mixup": math.nan}, {"prob": 1.1}, {"smoothing": True}, {"prob": "1"}],

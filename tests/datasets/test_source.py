@@ -241,6 +241,7 @@ REFUSED = {
     "data set": (lambda: TensorDataset(torch.zeros(3)), r"single samples; give DataLoader\(data"),
     "iterable data set": (Stream, r"single samples; give DataLoader\(data"),
     "hugging face": (hf_like, r"single samples; give DataLoader\(data"),
+    "order of arrival": (lambda: DataLoader(Noisy(), num_workers=2, in_order=False), "in_order=False .*in_order=True"),
     "tensor": (lambda: torch.zeros(3), "holds no batches"),
     "pair of tensors": (lambda: (torch.zeros(3), torch.zeros(3)), "tensors in a list"),
     "dict": (lambda: {"x": 1}, "holds no batches"),
