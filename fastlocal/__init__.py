@@ -24,6 +24,7 @@ _PUBLIC = {
     "StepOutput": "fastlocal.engine.output",
     "Engine": "fastlocal.engine.engine",
     "LocalOptimizer": "fastlocal.engine.optimizer",
+    "Trainer": "fastlocal.trainer.trainer",
     "plan": "fastlocal.engine.plan",
     "Plan": "fastlocal.engine.plan",
     "list_methods": "fastlocal.methods",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fastlocal.engine.plan import Plan, plan
     from fastlocal.methods import Method, list_methods
     from fastlocal.ops import backend
+    from fastlocal.trainer.trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

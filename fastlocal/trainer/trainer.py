@@ -1,0 +1,675 @@
+"""`Trainer`: epochs of `fastlocal.Engine` with all that a training needs around it. A killed run goes on bitwise."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastlocal.blocks.batch import first_tensor
+from fastlocal.data.mixing import Mixing
+from fastlocal.data.source import Source, as_source
+from fastlocal.engine.clip import Clip
+from fastlocal.engine.engine import Engine
+from fastlocal.engine.memory import peak_bytes
+from fastlocal.engine.model import LocalModel
+from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
+from fastlocal.engine.output import StepOutput
+from fastlocal.errors import ArgumentError, CheckpointError, NonFiniteError
+from fastlocal.trainer import checkpoint
+from fastlocal.trainer import schedule as schedule_module
+from fastlocal.trainer.callbacks import Callback, Callbacks
+from fastlocal.trainer.config import resolved, write_config
+from fastlocal.trainer.dump import dump
+from fastlocal.trainer.ema import EMA
+from fastlocal.trainer.evaluate import Evaluation, evaluate, recalibrate
+from fastlocal.trainer.loggers import CSVLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
+from fastlocal.trainer.progress import Bar
+from fastlocal.trainer.signals import Leave, Signals
+from fastlocal.trainer.store import CheckpointStore, Loaded
+
+_REMEMBER = 64  # steps whose place in the data is kept: a report of non-finite numbers can be 50 steps late
+_DUMPS = 3  # batches written out at most in one run
+
+
+class Trainer:
+    """Trains a `LocalModel` block by block, logs, validates, saves and resumes.
+
+    Everything that a run depends on is in its checkpoints: weights, optimizer, schedule, averages, random streams, the
+    place in the data and in an accumulation, logs. A run that was killed and resumed ends with the same bytes as one that
+    was not (on one machine, with the same number of threads; ``deterministic=True`` on a CUDA device).
+
+    Args:
+        model: from `fastlocal.localize`, on the device that it shall be trained on.
+        optimizer: called once per block with its ``[(name, parameter)]``, such as ``lambda named: torch.optim.SGD(named,
+            lr=0.1)``; one of `fastlocal.trainer.optimizers`; or a `LocalOptimizer`.
+        scheduler: learning rates: a name such as ``"cosine"``, ``(name, options)``, a list of (epoch, rate), or a function of the
+            optimizer that returns one of PyTorch's schedulers; see `fastlocal.trainer.schedule.make`.
+        precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
+        schedule, graph, backend, update, deterministic, seed, nonfinite: see `fastlocal.Engine`. ``update="auto"`` is
+            ``"end"`` where ``clip`` needs all gradients at once, else ``"immediate"``. ``seed`` is also that of the data's order.
+        channels_last: convert the model and 4-D inputs; ``"auto"``: if it has 2-d convolutions.
+        accumulate: micro-batches an update; see `Engine.accumulate`. The last group of an epoch may be smaller.
+        clip: a number (largest norm of one block's gradients) or a `fastlocal.engine.clip.Clip`.
+        mixing: `fastlocal.data.Mixing`: mixup, CutMix, label smoothing. For batches (x, y).
+        ema: decay of an exponential moving average of backbone and heads, or options of `fastlocal.trainer.EMA`.
+        folder: for configuration, logs and checkpoints. ``"auto"`` takes a new one in ``runs/``; None writes nothing.
+        save_every: batches between two checkpoints within an epoch, besides the one at its end.
+        keep_last, keep_best: see `CheckpointStore`.
+        monitor: a column of the epoch's row by which the best are kept and plateaus are found, such as ``"val_accuracy"``,
+            ``"val_loss"``, ``"ema_accuracy"``, ``"val_accuracy_3"``. By default ``val_accuracy``, or ``val_loss`` where there is none.
+        callbacks: `fastlocal.trainer.Callback` objects, such as `EarlyStopping`.
+        loggers: besides the CSV files, such as ``"tensorboard"``, ``"wandb"`` or `Logger` objects.
+        progress: a bar on stderr.
+        log_every: optimizer steps between two rows of ``steps.csv``.
+        validate_every: epochs between two validations; the last epoch always has one.
+        recalibrate: after the last epoch, BatchNorm statistics are averaged anew over this many training batches, and
+            validated in one more row.
+        fast_dev_run: True or a number: that many batches of training and validation, and no file, to see that all works.
+
+    Attributes:
+        engine: the `Engine`.
+        ema: the `EMA`, or None.
+        history: a dict per epoch, as in ``metrics.csv``.
+        epoch, batch: where the run stands: epochs completed, and batches of the one after them.
+        seen: batches trained on in all; the numbers of checkpoints.
+        should_stop: set it, for example in a callback, to leave after the current step with a checkpoint.
+
+    Raises:
+        ArgumentError: a value that is not one of these.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        optimizer: OptimizerFactory | LocalOptimizer,
+        *,
+        scheduler: Any = None,
+        precision: str = "32-true",
+        schedule: Literal["auto", "sequential", "overlap", "pipeline"] = "auto",
+        graph: Literal["auto", "on", "off"] = "auto",
+        backend: Literal["auto", "reference", "triton", "native"] = "auto",
+        update: Literal["auto", "immediate", "end"] = "auto",
+        channels_last: bool | Literal["auto"] = "auto",
+        accumulate: int = 1,
+        clip: Clip | float | None = None,
+        mixing: Mixing | None = None,
+        ema: float | dict[str, Any] | None = None,
+        nonfinite: Literal["raise", "skip", "stop"] = "raise",
+        deterministic: bool = False,
+        seed: int = 0,
+        folder: str | Path | None = "auto",
+        save_every: int | None = None,
+        keep_last: int = 3,
+        keep_best: int = 1,
+        monitor: str | None = None,
+        callbacks: Sequence[Callback] = (),
+        loggers: Sequence[Logger | str] = (),
+        progress: bool = True,
+        log_every: int = 50,
+        validate_every: int = 1,
+        recalibrate: int = 0,
+        fast_dev_run: bool | int = False,
+    ):
+        for name, value, low in (
+            ("accumulate", accumulate, 1),
+            ("save_every", 1 if save_every is None else save_every, 1),
+            ("log_every", log_every, 1),
+            ("validate_every", validate_every, 1),
+            ("recalibrate", recalibrate, 0),
+            ("fast_dev_run", int(fast_dev_run), 0),
+        ):
+            _integer(name, value, low)
+        if mixing is not None and not isinstance(mixing, Mixing):
+            raise ArgumentError(f"mixing: got {type(mixing).__name__}; give fastlocal.data.Mixing(mixup=0.2)")
+        if not isinstance(model, LocalModel):
+            raise ArgumentError(f"model: expected a LocalModel from fastlocal.localize, got {type(model).__name__}")
+        if update not in ("auto", "immediate", "end"):
+            raise ArgumentError(f"update: got {update!r}; valid are 'auto', 'immediate', 'end'")
+        limit = Clip.coerce(clip)
+        if update == "auto":
+            update = "end" if limit is not None and limit.scope == "global" else "immediate"
+        if channels_last == "auto":
+            channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        bind = getattr(optimizer, "bind", None)
+        self.engine = Engine(
+            model,
+            optimizer if bind is None else bind(model),
+            schedule=schedule,
+            precision=precision,
+            graph=graph,
+            backend=backend,
+            update=update,
+            deterministic=deterministic,
+            seed=seed,
+            memory_format="channels_last" if channels_last else "preserve",
+            nonfinite=nonfinite,
+            clip=limit,
+        )
+        self.model = model
+        self.precision, self.channels_last, self.accumulate = precision, bool(channels_last), accumulate
+        self.mixing, self.seed = mixing, seed
+        options = {} if ema is None else {"decay": ema} if isinstance(ema, int | float) else dict(ema)
+        self.ema = None if ema is None else EMA(model, **options)
+        self.folder = None if folder is None or fast_dev_run else Path(folder)
+        self.save_every, self.keep_last, self.keep_best = save_every, keep_last, keep_best
+        self.monitor = monitor
+        self.callbacks = Callbacks(callbacks)
+        for logger in loggers:
+            if isinstance(logger, str) and logger not in ("tensorboard", "wandb"):
+                raise ArgumentError(f"loggers: got {logger!r}; valid are 'tensorboard', 'wandb' and Logger objects")
+        self.loggers = list(loggers)
+        self.progress, self.log_every, self.validate_every = progress, log_every, validate_every
+        self.recalibrate, self.fast_dev_run = recalibrate, int(fast_dev_run)
+        self.history: list[dict[str, Any]] = []
+        self.epoch = self.batch = self.seen = 0
+        self.should_stop = False
+        self._scheduler_spec = scheduler
+        self._scheduler: schedule_module.Schedule | None = None
+        self._total: Tensor | None = None  # sum of this epoch's losses, each times its rows
+        self._rows = 0
+        self._recalibrated = False
+        self._resumed: dict[str, Any] | None = None
+        self._store: CheckpointStore | None = None
+        self._logs = Loggers()
+        self._places: deque[tuple[int, int, int]] = deque(maxlen=_REMEMBER)  # step, epoch, first batch of its group
+        self._dumped = 0
+        self._counted = 0.0
+
+    # --- fit ---------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train: Any,
+        val: Any = None,
+        *,
+        epochs: int,
+        resume: bool = False,
+        limit: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Trains until ``epochs`` epochs are done, counted from the run's beginning.
+
+        SIGTERM and SIGINT let the current batch finish, save, and leave by SystemExit(143) and KeyboardInterrupt; a
+        second signal leaves at once.
+
+        Args:
+            train, val: a `fastlocal.data.Batches`, a DataLoader, a list of batches; see `fastlocal.data.as_source`. Batches
+                may have any form that the model takes; they are moved to its device.
+            epochs: at least 1.
+            resume: go on from the newest whole checkpoint in ``folder``, if there is one.
+            limit: most batches of an epoch; needed where ``train`` does not say how many it has.
+
+        Returns:
+            ``history``.
+
+        Raises:
+            ArgumentError: a bad value; ``folder`` holds a run and ``resume`` is False; or the run that is resumed was
+                another one.
+            NonFiniteError, OutOfMemoryError: see `Engine.step`. The batch is written to ``folder/nonfinite``.
+            CheckpointError: a checkpoint cannot be read. One that cannot be written is a RuntimeWarning: training goes on.
+        """
+        _integer("epochs", epochs, 1)
+        if limit is not None:
+            _integer("limit", limit, 1)
+        source = as_source(train, seed=self.seed)
+        test = None if val is None else as_source(val, seed=self.seed)
+        if self.fast_dev_run:
+            epochs, limit = 1, min(self.fast_dev_run, limit or self.fast_dev_run)
+            self.epoch = self.batch = 0
+        length = _least(source.length, limit)
+        if length == 0:
+            raise ArgumentError("train: holds no batch; give at least one")
+        if length is None and not isinstance(self._scheduler_spec, type(None)):
+            raise ArgumentError(
+                "limit: the data does not say how many batches an epoch has, and the scheduler needs to know; give limit="
+            )
+        self._open(source, test, epochs, limit, resume)
+        self._set_schedule(epochs, length)
+        batches = None if length is None else epochs * length
+        self.should_stop = self.engine.should_stop = False
+        style: dict[str, Any] = {"enabled": self.progress, "done": self.seen, "device": self.engine.device, "split": "val"}
+        with Signals() as signals, Bar(batches, self.model.method.name, **style) as bar:
+            self._logs.start(self._config)
+            self.callbacks.on_fit_start(self)
+            try:
+                while self.epoch < epochs and not self._stopping():
+                    bar.label = f"{self.model.method.name} {self.epoch + 1}/{epochs}"
+                    self._train_epoch(source, limit, bar, signals)
+                    if not self._stopping() or self._at_end(source, limit):
+                        self._end_epoch(source, test, epochs, bar, signals)
+                if self.batch:  # stopped within an epoch
+                    self._save()
+                elif self.recalibrate and not self._recalibrated and self.history:
+                    self._recalibrate(source, test, signals)
+                self.callbacks.on_fit_end(self)
+            except Leave:
+                self._save()
+                raise signals.farewell() from None
+            except BaseException as error:
+                if isinstance(error, NonFiniteError):
+                    self._dump(error.step, str(error), source)
+                self.callbacks.on_exception(self, error)
+                raise
+            finally:
+                self._logs.close()
+        return self.history
+
+    def _train_epoch(self, source: Source, limit: int | None, bar: Bar, signals: Signals) -> None:
+        """From batch ``self.batch`` of epoch ``self.epoch`` to its end."""
+        self.model.train()
+        begin, seen = time.perf_counter(), 0
+        stream = islice(source.epoch(self.epoch, self.batch), None if limit is None else max(0, limit - self.batch))
+        batch = next(stream, None)
+        while batch is not None:
+            # the group of micro-batches ends with the epoch, so its last batch must be known
+            following = next(stream, None) if self.accumulate > 1 else None
+            place = self.batch % self.accumulate
+            last = place == self.accumulate - 1 or (self.accumulate > 1 and following is None)
+            if place == 0:
+                self._places.append((self.engine.steps, self.epoch, self.batch))
+            rows = self._train_batch(batch, last, bar, source)
+            seen += rows
+            if self.accumulate == 1:
+                signals.check()
+                following = None if self._stopping() else next(stream, None)
+            else:
+                signals.check()
+                if self._stopping():
+                    following = None
+            batch = following
+            if self.save_every and self.seen % self.save_every == 0 and batch is not None:
+                self._save()
+        if self.batch == 0:
+            raise ArgumentError("train: holds no batch; give at least one")
+        if seen:
+            self._time("train", begin, seen)
+
+    def _train_batch(self, batch: Any, last: bool, bar: Bar, source: Source) -> int:
+        engine = self.engine
+        batch = self._ready(batch, self.epoch, self.batch)
+        out = engine.step(batch) if last else engine.accumulate(batch)
+        rows = _rows(batch)
+        losses = out.losses * rows
+        self._total = losses if self._total is None else self._total.add_(losses)
+        self._rows += rows
+        self.batch += 1
+        self.seen += 1
+        if last:
+            assert self._scheduler is not None
+            if self.ema is not None:
+                self.ema.update()
+            if engine.steps % self.log_every == 0:
+                self._logs.step(self._step_row(out))
+                self._note_skips(source, bar)
+            self._scheduler.after_step()
+            self.callbacks.on_step_end(self, out)
+        waits = engine.device.type != "cpu"
+        bar.step(None if waits and engine.steps % self.log_every else out.losses.tolist(), rows)
+        return rows
+
+    def _end_epoch(self, source: Source, test: Source | None, epochs: int, bar: Bar, signals: Signals) -> None:
+        assert self._total is not None and self._scheduler is not None
+        engine = self.engine
+        engine.flush()
+        self._note_skips(source, bar)
+        means = (self._total / self._rows).tolist()
+        row: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": engine.steps,
+            "lr": max(self._scheduler.lrs),
+            "skipped": int(engine.skipped.sum()),
+            "loss": means[-1],
+            **{f"loss_{k}": value for k, value in enumerate(means)},
+        }
+        due = (self.epoch + 1) % self.validate_every == 0 or self.epoch == epochs - 1 or self._stopping()
+        row |= self._validate(test, signals, due)
+        bar.accuracy, bar.ema_accuracy = row.get("val_accuracy"), row.get("ema_accuracy")
+        self.history.append(row)
+        metric = self._metric(row)
+        self._scheduler.after_epoch(metric)
+        self.epoch, self.batch, self._total, self._rows = self.epoch + 1, 0, None, 0
+        self.callbacks.on_epoch_end(self, row)
+        self._logs.epoch(row)
+        self._save(metric)
+
+    def _validate(self, test: Source | None, signals: Signals, due: bool = True) -> dict[str, Any]:
+        """Columns ``val_*`` and ``ema_*``; empty ones where no validation is due."""
+        row: dict[str, Any] = {}
+        if test is None:
+            return row
+        count = len(self.model.blocks)
+        names = ["loss", "accuracy", *(f"{name}_{k}" for k in range(count) for name in ("loss", "accuracy"))]
+        for prefix, model in self._models():
+            row |= {f"{prefix}_{name}": None for name in names}
+            if due:
+                begin = time.perf_counter()
+                found = self._evaluate(model, _Watched(test, signals), self.fast_dev_run or None)
+                row |= found.to_row(prefix)
+                self._time(prefix, begin, found.count)
+        return row
+
+    def _models(self) -> list[tuple[str, LocalModel]]:
+        return [("val", self.model), *([] if self.ema is None else [("ema", self.ema.model)])]
+
+    def _recalibrate(self, source: Source, test: Source | None, signals: Signals) -> None:
+        """After the last epoch; what the validation says then is one more row."""
+        for _, model in self._models():
+            recalibrate(model, source, self.recalibrate, precision=self.precision, channels_last=self.channels_last)
+        row = dict.fromkeys(self.history[-1]) | {"epoch": self.epoch, "step": self.engine.steps}
+        row |= self._validate(test, signals)
+        self._recalibrated = True
+        self.history.append(row)
+        self._logs.epoch(row)
+        self._save(self._metric(row))
+
+    def _stopping(self) -> bool:
+        return self.should_stop or self.engine.should_stop
+
+    def _at_end(self, source: Source, limit: int | None) -> bool:
+        return self.batch == _least(source.length, limit)
+
+    # --- evaluate ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, data: Any, *, ema: bool = False) -> Evaluation:
+        """Loss and accuracy of every block in one pass, in the training's precision; ``ema``: of the average.
+
+        Raises:
+            ArgumentError: ``ema`` without one, or bad data.
+        """
+        if ema and self.ema is None:
+            raise ArgumentError("ema: this trainer keeps no average; make it with ema=0.999")
+        model = self.ema.model if ema and self.ema is not None else self.model
+        return self._evaluate(model, as_source(data, seed=self.seed), None)
+
+    def _evaluate(self, model: LocalModel, source: Source, limit: int | None) -> Evaluation:
+        return evaluate(model, source, precision=self.precision, channels_last=self.channels_last, limit=limit)
+
+    # --- save and resume ---------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Writes a checkpoint: the whole state of the run into ``folder``, or backbone and heads into the file ``path``.
+
+        Raises:
+            ArgumentError: there is no ``folder`` and no ``path``.
+            CheckpointError: it cannot be written.
+        """
+        if path is not None:
+            checkpoint.save(path, self.model, {"epoch": self.epoch, "step": self.engine.steps})
+            return Path(path)
+        if self.folder is None:
+            raise ArgumentError("path: this trainer has no folder; give the path of a file")
+        return self._checkpoints().save(self.seen, self.model, self.engine, self._state(), self._last_metric())
+
+    def resume(self, path: str | Path | None = None, *, best: bool = False) -> Loaded:
+        """Loads a checkpoint of a run: its newest whole one, or the best.
+
+        Args:
+            path: the run's folder, or one of its checkpoints (``.../step-00000100``); by default this trainer's ``folder``.
+            best: the one with the best metric. To use it; to go on from it, copy it to a new folder first.
+
+        Raises:
+            CheckpointError: there is none, none is whole, or it belongs to another model, method or optimizer.
+            ArgumentError: neither ``path`` nor ``folder`` is given.
+        """
+        if path is None and (self.folder is None or str(self.folder) == "auto"):
+            raise ArgumentError("path: this trainer has no folder yet; give the folder of a run")
+        where = Path(path) if path is not None else self.folder
+        assert where is not None
+        step = None
+        if where.name.startswith("step-") and where.name[5:].isdigit():
+            step, where = int(where.name[5:]), where.parent
+        if where.name != "checkpoints":
+            where /= "checkpoints"
+        store = CheckpointStore(where, better=self._better())
+        if best:
+            ranked = [s for s in store.list() if s.metric is not None and not math.isnan(s.metric)]
+            if not ranked:
+                raise CheckpointError(
+                    f"best: no checkpoint in {where} has a metric; validate in fit, or take the newest"
+                )
+            sign = 1 if self._better() == "higher" else -1
+            step = max(ranked, key=lambda s: (sign * (s.metric or 0.0), s.step)).step
+        loaded = store.load(self.model, self.engine, step)
+        self._load(loaded.extra)
+        return loaded
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seen": self.seen,
+            "total": self._total,
+            "rows": self._rows,
+            "history": self.history,
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
+            "logs": self._logs.state(),
+            "recalibrated": self._recalibrated,
+            "run": self._run,
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if (state["ema"] is None) != (self.ema is None):
+            have, lack = ("no", "one") if state["ema"] is None else ("an", "none")
+            raise CheckpointError(
+                f"ema: the checkpoint has {have} average, this trainer {lack}; make it as that one was"
+            )
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.callbacks.load_state_dict(state["callbacks"])
+        self.epoch, self.batch, self.seen = state["epoch"], state["batch"], state["seen"]
+        total = state["total"]
+        self._total = None if total is None else total.to(self.engine.device)
+        self._rows, self.history = state["rows"], state["history"]
+        self._recalibrated = state["recalibrated"]
+        self._resumed = state
+
+    def _save(self, metric: float | None = None) -> None:
+        """Where a run must go on: a full disk is no reason to lose it."""
+        if self.folder is None:
+            return
+        import warnings
+
+        try:
+            self._checkpoints().save(self.seen, self.model, self.engine, self._state(), metric)
+        except CheckpointError as error:
+            warnings.warn(f"training goes on without this checkpoint: {error}", RuntimeWarning, stacklevel=2)
+
+    def _checkpoints(self) -> CheckpointStore:
+        assert self.folder is not None
+        if self._store is None:
+            self._store = CheckpointStore(
+                self.folder / "checkpoints", self.keep_last, self.keep_best, better=self._better()
+            )
+        return self._store
+
+    # --- beginning ---------------------------------------------------------------------------------------------------
+
+    def _open(self, source: Source, test: Source | None, epochs: int, limit: int | None, resume: bool) -> None:
+        """Resumes if asked, compares the run with the resumed one, opens the logs."""
+        if self.folder is not None and str(self.folder) == "auto":
+            self.folder = _new_folder(self.model.method.name)
+            self._store = None
+        self._run = {
+            "data": source.describe(),
+            "limit": limit,
+            "seed": self.seed,
+            "accumulate": self.accumulate,
+            "mixing": None if self.mixing is None else self.mixing.describe(),
+            "epochs": epochs if self._scheduler_spec is not None else None,
+        }
+        self._config = resolved(self, source, test, epochs, limit)
+        if self.folder is not None:
+            there = self._checkpoints().latest() is not None
+            if resume and there and self._resumed is None:
+                self.resume()
+            elif there and self._resumed is None and not self.history:
+                raise ArgumentError(
+                    f"folder: {self.folder} holds a run already; pass resume=True to go on with it, or name another folder"
+                )
+        if self._resumed is not None:
+            for key, value in self._resumed["run"].items():
+                if self._run[key] != value:
+                    raise ArgumentError(
+                        f"resume: the run was trained with {key} {value!r}, now it is {self._run[key]!r}; a resumed run goes on as it "
+                        "began. Load the weights alone with fastlocal.trainer.load to begin a new one"
+                    )
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(self.folder, self._config)
+        self._logs = Loggers(self._loggers(self._resumed is not None or bool(self.history), resume))
+        if self._resumed is not None:
+            self._logs.rewind(self._resumed["logs"])
+
+    def _loggers(self, goes_on: bool, resume: bool) -> list[Any]:
+        if self.fast_dev_run:
+            return []
+        own: list[Any] = []
+        if self.folder is not None:  # asked to resume, but killed before the first checkpoint: its rows are void
+            own.append(CSVLogger(self.folder, resume=goes_on, overwrite=resume and not goes_on))
+        for logger in self.loggers:
+            if logger == "tensorboard":
+                own.append(TensorBoardLogger((self.folder or Path("runs")) / "tensorboard"))
+            elif logger == "wandb":
+                own.append(WandbLogger(folder=self.folder))
+            else:
+                own.append(logger)
+        return own
+
+    def _set_schedule(self, epochs: int, length: int | None) -> None:
+        if self._scheduler is None:
+            steps = math.ceil((length or 1) / self.accumulate)
+            self._scheduler = schedule_module.make(
+                self._scheduler_spec, self.engine.optimizer, epochs=epochs, steps_per_epoch=steps
+            )
+            self._planned = epochs
+        elif self._scheduler_spec is not None and epochs != self._planned:
+            raise ArgumentError(
+                f"epochs: the schedule was made for {self._planned}, got {epochs}; use that number, or a new Trainer"
+            )
+        if self._resumed is not None:
+            self._scheduler.load_state_dict(self._resumed["scheduler"])
+            self._resumed = None
+
+    # --- pieces ------------------------------------------------------------------------------------------------------
+
+    def _ready(self, batch: Any, epoch: int, index: int) -> Any:
+        """On the model's device, and mixed."""
+        device = self.engine.device
+        batch = pytree.tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, batch)
+        if self.mixing is None:
+            return batch
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)):
+            raise ArgumentError(f"mixing: needs batches (x, y), got {type(batch).__name__}; leave mixing out")
+        return self.mixing(batch[0], batch[1], self.model.num_classes, epoch, index)
+
+    def _step_row(self, out: StepOutput) -> dict[str, Any]:
+        assert self._scheduler is not None
+        losses = out.losses.tolist()
+        return {
+            "step": self.engine.steps,
+            "epoch": self.epoch,
+            "lr": max(self._scheduler.lrs),
+            "skipped": int(self.engine.skipped.sum()),
+            **{f"loss_{k}": value for k, value in enumerate(losses)},
+        }
+
+    def _note_skips(self, source: Source, bar: Bar) -> None:
+        """Shows them, and under nonfinite="skip" and "stop" writes out the batch that was skipped last."""
+        bar.skipped = self.engine.skipped.tolist()
+        total = sum(bar.skipped)
+        if total > self._counted and self.engine.nonfinite != "raise" and self.engine.device.type == "cpu":
+            self._dump(self.engine.steps - 1, f"{int(total - self._counted)} block updates were skipped", source)
+        self._counted = total
+
+    def _dump(self, step: int, reason: str, source: Source) -> None:
+        """The batches of a step, made again from their place in the data."""
+        place = next(((e, b) for s, e, b in self._places if s == step), None)
+        if self.folder is None or place is None or self._dumped >= _DUMPS:
+            return
+        epoch, first = place
+        self._dumped += 1
+        group = islice(source.epoch(epoch, first), self.accumulate)
+        batches = [self._ready(batch, epoch, first + i) for i, batch in enumerate(group)]
+        dump(
+            self.folder / "nonfinite" / f"step-{step:08d}", batches, step=step, epoch=epoch, batch=first, reason=reason
+        )
+
+    def _metric(self, row: dict[str, Any]) -> float | None:
+        name = self.monitor
+        if name is None:
+            name = "val_accuracy" if row.get("val_accuracy") is not None else "val_loss"
+            return row.get(name)
+        if name not in row:
+            raise ArgumentError(f"monitor: there is no {name!r}; there are {', '.join(row)}")
+        return row[name]
+
+    def _last_metric(self) -> float | None:
+        return self._metric(self.history[-1]) if self.history and not self.batch else None
+
+    def _better(self) -> Literal["higher", "lower"]:
+        return "lower" if self.monitor is not None and "loss" in self.monitor else "higher"
+
+    def _time(self, what: str, begin: float, rows: int) -> None:
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+        seconds = time.perf_counter() - begin
+        self._logs.timing(
+            {
+                "epoch": self.epoch,
+                "part": what,
+                "seconds": seconds,
+                "samples": rows,
+                "samples_per_second": rows / seconds,
+                "peak_bytes": peak_bytes(self.engine.device),
+            }
+        )
+
+
+class _Watched(Source):
+    """A source that gives no further batch once a signal has come."""
+
+    def __init__(self, inner: Source, signals: Signals):
+        self.inner, self.signals = inner, signals
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Any]:
+        for batch in self.inner.epoch(number, start):
+            self.signals.check()
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def describe(self) -> dict[str, Any]:
+        return self.inner.describe()
+
+
+def _rows(batch: Any) -> int:
+    x = first_tensor(batch)
+    return 0 if x is None else len(x)
+
+
+def _least(*numbers: int | None) -> int | None:
+    return min((n for n in numbers if n is not None), default=None)
+
+
+def _integer(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ArgumentError(f"{name}: got {value!r}; give an integer from {low}")
+
+
+def _new_folder(name: str) -> Path:
+    base = Path("runs")
+    number = 1
+    while (base / f"{name}-{number}").exists():
+        number += 1
+    return base / f"{name}-{number}"

@@ -1,0 +1,222 @@
+"""Runs that are killed at arbitrary points and resumed, until they end: what `make soak` does in full, and a test in short.
+
+Every case trains once without interruption, and once more with SIGKILL at ten points: a number of batches, then a random
+fraction of a step later, which may be in a forward, an update, a validation, a row of a log or a half-written checkpoint.
+Both must leave the same bytes: the last checkpoint's files, metrics.csv and steps.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    "bp": {},
+    "dgl": {},
+    "predsim": {},
+    "auglocal": {"depth": 2},
+    "infopro": {"lam": (0.1, 0.5)},
+    "infopro-ce": {"loss": "cross_entropy", "lam": (0.1, 0.5)},
+}
+EPOCHS, BATCH, SAMPLES = 3, 8, 92  # 12 batches an epoch, the last of four samples
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a method, a precision, and micro-batches an update.
+
+    ``extras`` turns on what keeps state of its own: average, mixing, dropout, clipping, a DataLoader with random
+    augmentation, and one random stream per block.
+    """
+
+    method: str
+    precision: str = "32-true"
+    accumulate: int = 1
+    extras: bool = False
+    optimizer: str = "sgd"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = [self.method, self.precision, f"accumulate={self.accumulate}", self.optimizer]
+        return " ".join([*words, *(["extras"] if self.extras else [])])
+
+
+def everything() -> list[Case]:
+    """Every method with both precisions and with accumulation, plus the extras."""
+    plain = itertools.product(METHODS, ("32-true", "bf16-mixed"), (1, 5))
+    cases = [Case(m, p, a) for m, p, a in plain]
+    return cases + [Case(m, p, 5, True, "adamw") for m in ("dgl", "auglocal") for p in ("32-true", "bf16-mixed")]
+
+
+def train(case: Case, folder: str, progress: Any) -> None:
+    """One process's part: goes on with the run in ``folder`` to its end."""
+    import numpy as np
+    import torch
+
+    import fastlocal as fl
+    from fastlocal import data, models
+    from fastlocal.trainer import Callback, EarlyStopping, optimizers
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # the three states are in the checkpoints, so they must begin alike
+    random.seed(0)
+    np.random.seed(0)
+    made = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (SAMPLES + 16, 3, 8, 8), dtype=torch.uint8, generator=made)
+    labels = torch.arange(SAMPLES + 16) % 10
+    images = data.Images(
+        pixels[:SAMPLES],
+        labels[:SAMPLES],
+        pixels[SAMPLES:],
+        labels[SAMPLES:],
+        10,
+        torch.full((3,), 0.5),
+        torch.ones(3),
+        "noise",
+    )
+    if case.extras:
+        source: Any = torch.utils.data.DataLoader(_Jittered(pixels[:SAMPLES], labels[:SAMPLES]), BATCH, shuffle=True)
+    else:
+        source = data.Batches(images, batch_size=BATCH, crop=1, flip=True)
+    name = case.method.removesuffix("-ce")
+    net = models.ResNetCIFAR(2, width=4, dropout=0.1 if case.extras else 0.0)
+    blocks = 1 if name == "bp" else 5
+    model = fl.localize(net, name, blocks=blocks, sample=torch.zeros(2, 3, 8, 8), **METHODS[case.method])
+    assert (len(model.blocks) == 1) == (name == "bp")
+
+    class Report(Callback):
+        def on_step_end(self, trainer: Any, output: Any) -> None:
+            progress.value = trainer.seen
+
+    make = optimizers.sgd(0.05) if case.optimizer == "sgd" else optimizers.adamw(1e-3)
+    extras: dict[str, Any] = {}
+    if case.extras:
+        extras = {
+            "ema": 0.9,
+            "clip": 1.0,
+            "recalibrate": 4,
+            "deterministic": True,
+            "mixing": data.Mixing(mixup=0.3, cutmix=1.0, smoothing=0.1),
+        }
+    trainer = fl.Trainer(
+        model, make, scheduler=("cosine", {"warmup_epochs": 1}), precision=case.precision, accumulate=case.accumulate,
+        folder=folder, save_every=3, log_every=2, progress=False, keep_last=2,
+        callbacks=[Report(), EarlyStopping("val_loss", mode="min", patience=50)], **extras,
+    )  # fmt: skip
+    trainer.fit(source, data.Batches(images, train=False, batch_size=BATCH), epochs=EPOCHS, resume=True)
+
+
+class _Jittered:
+    """A data set whose transform draws from Python's, NumPy's and torch's global generators, as people's do."""
+
+    def __init__(self, pixels: Any, labels: Any):
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Any:
+        import numpy as np
+        import torch
+
+        noise = random.random() + np.random.rand() + float(torch.rand(()))
+        return self.pixels[i].float() / 255 + 0.1 * noise, int(self.labels[i])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What must be equal: the newest checkpoint's files and the reproducible logs."""
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    files = [*sorted(newest.iterdir()), folder / "metrics.csv", folder / "steps.csv"]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def soak(case: Case, seed: int, kills: int, root: Path) -> int:
+    """Returns how often the run was really killed. Raises AssertionError if the two runs differ."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "fastlocal.trainer.trainer", "fastlocal.models", "numpy"])
+    whole, killed = root / "whole", root / "killed"
+    began = time.perf_counter()
+    _run(context, case, whole, None, random.Random(0))
+    seconds = time.perf_counter() - began
+    draw = random.Random(seed)
+    batches = EPOCHS * -(-SAMPLES // BATCH)
+    points = sorted(draw.randrange(batches) for _ in range(kills))
+    count = 0
+    for point in points:
+        count += _run(context, case, killed, point, draw, 2 * seconds / batches)
+    _run(context, case, killed, None, draw)
+    want, got = digest(whole), digest(killed)
+    assert want == got, f"{case}: differ in {[name for name in want if got.get(name) != want[name]]}"
+    return count
+
+
+def _run(context: Any, case: Case, folder: Path, point: int | None, draw: random.Random, span: float = 0.0) -> bool:
+    """Starts or resumes the run; with ``point``, kills it once that many batches are done. Whether it was killed."""
+    progress = context.Value("i", -1, lock=False)
+    process = context.Process(target=train, args=(case, str(folder), progress))
+    process.start()
+    if point is not None:
+        while progress.value < point and process.is_alive():
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, span))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+    process.join(300)
+    killed = process.exitcode == -signal.SIGKILL
+    assert killed or process.exitcode == 0, f"{case}: ended with {process.exitcode}"
+    assert killed or point is not None or process.exitcode == 0
+    return killed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the points; printed, so that a failure can be repeated"
+    )
+    options = parser.parse_args(arguments)
+    failed = 0
+    print(f"seed {options.seed}, {options.kills} kills a case", flush=True)
+    for case in everything():
+        with _folder() as root:
+            began = time.perf_counter()
+            try:
+                count = soak(case, options.seed, options.kills, root)
+                result = f"equal after {count} kills"
+            except AssertionError as error:
+                failed += 1
+                result = f"FAILED: {error}"
+        print(f"{case!s:50} {result}, {time.perf_counter() - began:.0f} s", flush=True)
+    print("all equal" if not failed else f"{failed} cases differ")
+    return int(failed > 0)
+
+
+def _folder() -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def made() -> Iterator[Path]:
+        path = Path(tempfile.mkdtemp(prefix="soak-"))
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    return made()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
