@@ -21,7 +21,6 @@ from fastlocal.blocks.measure import MacCounter, SavedBytes
 from fastlocal.blocks.partition import Units, balanced_cuts, find_units, measure_units, named_cuts, undisturbed
 from fastlocal.blocks.types import Site, StepContext
 from fastlocal.engine.model import LocalModel
-from fastlocal.engine.output import KEEP_SCORES
 from fastlocal.errors import ArgumentError, IsolationError, PartitionError
 from fastlocal.methods import Method, get_method
 
@@ -50,8 +49,9 @@ def localize(
             ``nn.Sequential``, is cut into slices, any other by hooks at named modules.
         method: name of a method (`fastlocal.list_methods`) or a `Method`.
         blocks: how many (cut where the dearest block is cheapest, by the multiply-accumulates measured on the sample), the
-            names of modules to cut after, or ``"auto"``: the fewest that keep a step within ``memory_budget`` (tried are all
-            counts up to 16, then steps of a quarter, then what lies between the last two). The count is the paper's K:
+            names of modules to cut after, or ``"auto"``: the fewest whose step is within ``memory_budget`` by
+            `fastlocal.plan` (of up to 128 counts none that fits is missed, though memory need not fall with every block
+            more; above, steps of an eighth are tried, and after a hit what lies before it). The count is the paper's K:
             AugLocal trains the last d+1 of them together. ``method="bp"`` takes one.
         sample: a small batch (2 rows are enough): the input tensor, or any batch that training will see.
         criterion: the task loss ``(logits, target) -> 0-dim``; default cross-entropy over class indices or probabilities,
@@ -61,9 +61,11 @@ def localize(
         tied: what to do with a weight that two blocks use: ``"error"``; ``"untie"`` gives each block its own copy;
             ``"link"`` lets the last of them train it and the others read a copy that is refreshed every step.
         num_classes: where the size of the logits is not the number of classes.
-        memory_budget: bytes or ``"4GiB"``, with ``blocks="auto"``: parameters, their gradients in the largest block, one
-            optimizer moment, boundary activations and the largest block's saved bytes and workspace, for ``budget_batch``
-            rows (default: the rows of the sample). What the allocator and library kernels take on top is not in it.
+        memory_budget: bytes or ``"4GiB"``, with ``blocks="auto"``: for the peak of a whole `Engine` step with
+            ``budget_batch`` rows (default: the rows of the sample) in float32 with SGD and momentum, so parameters, buffers,
+            one optimizer moment, the batch, and the largest block's saved tensors, gradients and workspace. For another
+            optimizer or precision take the number of blocks from `fastlocal.plan`, which is told of both. What the
+            allocator and library kernels take on top is not in it.
         options: the method's own.
 
     Returns:
@@ -80,21 +82,18 @@ def localize(
         raise ArgumentError("net: is a LocalModel already; pass its .export() to cut it anew")
     if tied not in ("error", "untie", "link"):
         raise ArgumentError(f"tied: got {tied!r}; valid are 'error', 'untie', 'link'")
-    recipe = _method(method, mode, options)
-    args, kwargs, target = _sample_call(sample, batch, net)
-    _check_sample(net, args, kwargs)
-    builder = _Builder(
+    builder = prepare(
         net,
-        recipe,
-        args,
-        kwargs,
-        target,
-        criterion or default_criterion(net),
-        batch,
-        tied,
-        num_classes,
-        criterion is None,
+        method,
+        sample=sample,
+        criterion=criterion,
+        batch=batch,
+        mode=mode,
+        tied=tied,
+        num_classes=num_classes,
+        **options,
     )
+    recipe = builder.method
     if blocks is None:
         if recipe.name != "bp":
             raise ArgumentError(
@@ -115,6 +114,26 @@ def localize(
         if value is not None:
             raise ArgumentError(f"{name}: is used with blocks='auto' only, got blocks={blocks!r}")
     return builder.build(blocks)
+
+
+def prepare(
+    net: nn.Module,
+    method: str | Method,
+    *,
+    sample: Any,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    batch: BatchFn | None = None,
+    mode: str = "paper",
+    tied: Tied = "error",
+    num_classes: int | None = None,
+    **options: Any,
+) -> _Builder:
+    """What `localize` builds with, its arguments checked."""
+    recipe = _method(method, mode, options)
+    args, kwargs, target = _sample_call(sample, batch, net)
+    _check_sample(net, args, kwargs)
+    task = criterion or default_criterion(net)
+    return _Builder(net, recipe, args, kwargs, target, task, batch, tied, num_classes, criterion is None)
 
 
 def parse_bytes(text: str | float) -> int:
@@ -207,21 +226,26 @@ class _Builder:
         with self._atomic():
             if blocks == 1 or names == []:
                 units = Units(["output"], None)
+                measure_units(self.net, units, self.args, self.kwargs)
             else:
-                units = find_units(self.net, self.args, self.kwargs, names)
-            measure_units(self.net, units, self.args, self.kwargs)
+                units = self.units(names)
             return self._assemble(units, self._cuts(units, blocks, names))
 
-    def _count(self, units: Units, blocks: int) -> LocalModel:
-        """``blocks`` blocks of units that are measured already; one is BP, whatever the method."""
-        if blocks == 1:
-            recipe, self.method = self.method, get_method("bp")()
-            try:
-                return self.build(1)
-            finally:
-                self.method = recipe
-        with self._atomic():
-            return self._assemble(units, self._cuts(units, blocks, None))
+    def units(self, names: list[str] | None = None) -> Units:
+        units = find_units(self.net, self.args, self.kwargs, names)
+        measure_units(self.net, units, self.args, self.kwargs)
+        return units
+
+    def trial(self, units: Units, blocks: int) -> LocalModel:
+        """``blocks`` blocks of measured units, their costs not measured; one is BP, whatever the method."""
+        if blocks > 1:
+            return self._assemble(units, self._cuts(units, blocks, None), measure=False)
+        whole = Units(["output"], None, [units.output_shape], output_shape=units.output_shape)
+        recipe, self.method = self.method, get_method("bp")()
+        try:
+            return self._assemble(whole, [], measure=False)
+        finally:
+            self.method = recipe
 
     @contextmanager
     def _atomic(self) -> Iterator[None]:
@@ -251,7 +275,7 @@ class _Builder:
         cuts = list(range(count - 1)) if blocks == count else balanced_cuts(units.costs, blocks)
         return cuts[: final - 1]  # blocks trained together at the end become the last one
 
-    def _assemble(self, units: Units, cuts: list[int]) -> LocalModel:
+    def _assemble(self, units: Units, cuts: list[int], measure: bool = True) -> LocalModel:
         ends = [*cuts, len(units.names) - 1]
         starts = [0, *(c + 1 for c in cuts)]
         names = [units.names[e] for e in ends]
@@ -295,16 +319,26 @@ class _Builder:
             check_targets=self.check_targets,
             target_dims=len(units.output_shape) if len(units.output_shape) in (1, 2) else None,
         )
+        if measure:
+            x = first_tensor((self.args, self.kwargs))
+            assert x is not None
+            target, criterion = self.task(units)
+            ctx = StepContext(target=target, input=x, criterion=criterion)
+            _measure_blocks(model, self.args, self.kwargs, ctx, x.shape[0])
+        else:
+            for block, end in zip(model.blocks, ends, strict=True):
+                block.cost = BlockCost(units.shapes[end], macs=0, head_macs=0, saved_bytes=0)
+        return model
+
+    def task(self, units: Units) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """A target for the sample and a loss that takes it."""
+        if self.target is not None:
+            return self.target, self.criterion
         x = first_tensor((self.args, self.kwargs))
         assert x is not None
-        target, criterion = self.target, self.criterion
-        if target is None:
-            target = torch.zeros((x.shape[0], *units.output_shape[:-1]), dtype=torch.int64, device=x.device)
-            if not self.check_targets:  # which targets the caller's loss would take is not known
-                criterion = _any_loss
-        ctx = StepContext(target=target, input=x, criterion=criterion)
-        _measure_blocks(model, self.args, self.kwargs, ctx, x.shape[0])
-        return model
+        target = torch.zeros((x.shape[0], *units.output_shape[:-1]), dtype=torch.int64, device=x.device)
+        # which targets a loss of the caller's would take is not known
+        return target, self.criterion if self.check_targets else _any_loss
 
     def _classes(self, units: Units) -> int:
         if self.num_classes is not None:
@@ -360,64 +394,14 @@ class _Builder:
         return again, links
 
     def within(self, budget: int, rows: int | None) -> LocalModel:
-        """The fewest blocks whose step fits the budget."""
-        x = first_tensor((self.args, self.kwargs))
-        assert x is not None
-        rows = rows or x.shape[0]
-        units = find_units(self.net, self.args, self.kwargs)
-        measure_units(self.net, units, self.args, self.kwargs)
-        count = len(units.names)
-        coarse = sorted(
-            {count, *range(1, min(count, 16) + 1), *(int(16 * 1.25**i) for i in range(1, 40) if 16 * 1.25**i < count)}
-        )
-        tried: dict[int, int] = {}  # blocks -> predicted bytes
-        error: ArgumentError | None = None
+        """The fewest blocks whose planned step fits the budget; nothing of the trials is left in the network."""
+        from fastlocal.engine.plan import fewest_blocks  # which stands on this module
 
-        def fits(blocks: int) -> bool:
-            nonlocal error
-            before = [(slot, slot.value) for slot in _all_slots(self.net)]
-            try:
-                with torch.random.fork_rng(devices=[]):  # trials draw no random numbers of the user's
-                    tried[blocks] = predicted_peak(self._count(units, blocks), rows)
-            except ArgumentError as refused:  # this count does not suit the method or the network, another may
-                error = refused
-                return False
-            finally:
-                _put_back(before)
-            return tried[blocks] <= budget
-
-        hit = next((i for i, blocks in enumerate(coarse) if fits(blocks)), None)
-        if hit is not None:
-            between = range(coarse[hit - 1] + 1, coarse[hit]) if hit else ()
-            return self._count(units, next((blocks for blocks in between if fits(blocks)), coarse[hit]))
-        if not tried:
-            assert error is not None
-            raise error
-        best = min(tried, key=lambda k: (tried[k], k))
-        raise ArgumentError(
-            f"memory_budget: {budget:,} bytes are too few for {rows} rows; the smallest step found takes {tried[best]:,} bytes with "
-            f"blocks={best}. Give that much, or a smaller batch"
-        )
-
-
-def predicted_peak(model: LocalModel, rows: int) -> int:
-    """Bytes of a step: parameters, one optimizer moment, the largest block's gradients, saved tensors and workspace.
-
-    Workspace is the block's input and output, once more the larger of the two for the gradients on their way back, and the
-    class scores, which a loss holds besides what autograd saved.
-    """
-    params = sum(p.numel() * p.element_size() for p in model.parameters())
-    size = next(model.parameters()).element_size()
-    scores = size * math.prod(model.blocks[-1].cost.boundary)
-    kept = rows * scores * len(model.blocks) if rows * scores <= size * KEEP_SCORES else 0  # for counting hits
-    worst = before = 0
-    for block in model.blocks:
-        grads = sum(p.numel() * p.element_size() for p in block.parameters())
-        after = size * math.prod(block.cost.boundary)
-        workspace = before + after + max(before, after, scores) + scores
-        worst = max(worst, grads + rows * (block.cost.saved_bytes + workspace))
-        before = after
-    return 2 * params + worst + kept
+        blocks = fewest_blocks(self, budget, rows)
+        if blocks > 1:
+            return self.build(blocks)
+        self.method = get_method("bp")()
+        return self.build(1)
 
 
 def _all_slots(net: nn.Module) -> list[Slot]:

@@ -12,11 +12,20 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count
@@ -30,8 +39,10 @@ from fastlocal.blocks.measure import (
     _launches,
     _tensors,
 )
-from fastlocal.engine.engine import Engine
-from fastlocal.engine.localize import localize, parse_bytes
+from fastlocal.blocks.partition import Units
+from fastlocal.blocks.types import StepContext
+from fastlocal.engine.engine import PRECISIONS, Engine
+from fastlocal.engine.localize import _all_slots, _Builder, _put_back, localize, parse_bytes, prepare
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import OptimizerFactory
 from fastlocal.errors import ArgumentError, BackendError, did_you_mean
@@ -282,7 +293,7 @@ def plan(
         device: name in `fastlocal.engine.plan.DEVICES`, or a `Device` with figures of your own. It decides the time only.
         rows: batch size, where it is not that of the sample.
         method, blocks, options: for a network, as in `fastlocal.localize`; default "bp". ``"auto"`` takes the fewest blocks
-            whose planned peak is within ``budget``, among 1 to 8 and then steps of a quarter.
+            whose planned peak is within ``budget``; of up to 128 counts none that fits is missed.
         budget: bytes or "16GiB", for ``blocks="auto"``.
         optimizer: "sgd", "momentum", "adam", or a function of a block's ``[(name, parameter)]`` as for `Engine`.
         precision, update, memory_format: as for `Engine`.
@@ -315,43 +326,184 @@ def plan(
                     "method, blocks, options: the model is cut already; give its .backbone to cut it anew"
                 )
             return _plan_step(net, _of_rows(_complete(net, batch), rows), factory, roof, made, fakes)
-        recipe = method or "bp"
-
-        def attempt(count: Any) -> Plan:
-            own = _fake_model(net, fakes)
-            name, extra = ("bp", {}) if blocks == "auto" and count == 1 else (recipe, options)
-            cut = localize(own, name, blocks=count, sample=_of_rows(batch, 2), **extra)
-            return _plan_step(cut.train(), _of_rows(_complete(cut, batch), rows), factory, roof, made, fakes)
-
         if blocks != "auto":
-            return attempt(blocks)
+            cut = localize(net, method or "bp", blocks=blocks, sample=_of_rows(batch, 2), **options)
+            return _plan_step(cut.train(), _of_rows(_complete(cut, batch), rows), factory, roof, made, fakes)
         assert budget is not None
-        return _within(attempt, parse_bytes(budget))
+        builder = prepare(net, method or "bp", sample=_of_rows(batch, 2), **options)
+        given = first_tensor(batch)
+        assert given is not None
+        search = _Search(builder, factory, roof, made, fakes)
+        return search.fewest(parse_bytes(budget), rows or given.shape[0], "budget")[1]
 
 
-def _within(attempt: Callable[[int], Plan], budget: int) -> Plan:
-    best: Plan | None = None
-    refused: ArgumentError | None = None
-    counts = sorted({*range(1, 9), *(int(8 * 1.25**i) for i in range(1, 20))})
-    for count in counts:
+# ------------------------------------------------------------------------------------------------- the number of blocks
+
+
+EVERY_COUNT = 128  # up to here a search for the number of blocks leaves none out
+
+
+class _Over(Exception):
+    """A step is over its limit and has been left."""
+
+
+def fewest_blocks(builder: _Builder, budget: int, rows: int | None) -> int:
+    """For `localize`: the fewest blocks whose step of float32 and SGD with momentum is within ``budget`` bytes.
+
+    Raises ArgumentError where no count fits, or where the network cannot run on tensors without contents.
+    """
+    made = {"precision": "32-true", "update": "immediate", "memory_format": "preserve"}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Reads(), torch.random.fork_rng(devices=[]):
+        own = copy.copy(builder)
+        own.net, own.method = _fake_model(builder.net, fakes), copy.deepcopy(builder.method)
+        if isinstance(own.criterion, nn.Module):
+            own.criterion = _fake_model(own.criterion, fakes)
+        call = builder.args, builder.kwargs, builder.target
+        own.args, own.kwargs, own.target = tree_map_only(Tensor, _fake, call)
+        search = _Search(own, _OPTIMIZERS["momentum"], DEVICES["cpu-core"], made, fakes)
         try:
-            found = attempt(count)
-        except ArgumentError as error:  # more blocks than units, or a count that does not suit the method
-            refused = error
-            if count > 8:
+            return search.fewest(budget, rows, "memory_budget")[0]
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            raise ArgumentError(
+                f"blocks: 'auto' plans steps of tensors without contents, and {type(builder.net).__name__} needs some "
+                f"({error}); give a number of blocks"
+            ) from error
+
+
+@dataclass
+class _Search:
+    """Finds the fewest blocks whose planned peak is within a budget, on tensors without contents.
+
+    Peaks need not fall with every block more, so counts are tried upwards from 1, and every one up to `EVERY_COUNT`. Most are
+    cheap to rule out by what a step holds at least: the parameters and what autograd saves in the largest block without its
+    head, or all parameters and what lives while the largest blocks run by themselves. Any other is planned, and left at
+    the moment it is over. Above `EVERY_COUNT` steps of an eighth are taken, and after a hit all counts since the step before.
+    """
+
+    builder: _Builder
+    factory: OptimizerFactory
+    device: Device
+    made: dict[str, Any]
+    fakes: FakeTensorMode
+
+    def fewest(self, budget: int, rows: int | None, argument: str) -> tuple[int, Plan]:
+        """The count as `localize` takes it, and its plan. ``argument`` is what the error names the budget."""
+        builder = self.builder
+        units = builder.units()  # of the sample's rows, as those that `localize` will cut
+        call = builder.args, builder.kwargs, builder.target
+        builder.args, builder.kwargs, builder.target = _of_rows(call, rows)
+        units.saved = builder.units().saved
+        target, builder.criterion = builder.task(units)
+        builder.target = target
+        builder.net.train()
+        builder.batch = _as_is
+        batch = builder.args, builder.kwargs, target
+        refused: ArgumentError | None = None
+
+        def attempt(blocks: int, limit: int | None) -> Plan | None:
+            nonlocal refused
+            before = [(slot, slot.value) for slot in _all_slots(builder.net)]
+            try:
+                if limit is not None and self._alone(units, blocks, limit) > limit:
+                    return None
+                model = builder.trial(units, blocks).train()
+                return _plan_step(model, batch, self.factory, self.device, self.made, self.fakes, limit)
+            except _Over:
+                return None
+            except ArgumentError as error:  # the method has no head for these blocks; for others it may
+                refused = error
+                return None
+            finally:
+                _put_back(before)
+
+        least: dict[int, int] = {}
+        tried = 0
+        for blocks in _counts(len(units.names)):
+            try:
+                least[blocks] = self._least(units, blocks)
+            except ArgumentError as error:
+                refused = error
+            else:
+                found = attempt(blocks, budget) if least[blocks] <= budget else None
+                if found is not None:
+                    between = ((fewer, attempt(fewer, budget)) for fewer in range(tried + 1, blocks))
+                    return next(((fewer, plan) for fewer, plan in between if plan is not None), (blocks, found))
+            tried = blocks
+        nearest = sorted(least, key=lambda blocks: (least[blocks], blocks))
+        plans = [(blocks, attempt(blocks, None)) for blocks in (nearest[:4] if len(nearest) > 12 else nearest)]
+        whole = [(found.peak_bytes, blocks) for blocks, found in plans if found is not None]
+        if not whole:
+            assert refused is not None
+            raise refused
+        peak, blocks = min(whole)
+        x = first_tensor(batch)
+        assert x is not None
+        raise ArgumentError(
+            f"{argument}: {budget:,} bytes are too few for {x.shape[0]} rows; the smallest step found takes {peak:,} bytes with "
+            f"blocks={blocks}. Give that much, or a smaller batch"
+        )
+
+    def _least(self, units: Units, blocks: int) -> int:
+        """Bytes that a step of so many blocks takes at least."""
+        parameters = list(self.builder.net.parameters())
+        saved = max(sum(units.saved[start:end]) for start, end in self._spans(units, blocks))
+        if not all(p.requires_grad for p in parameters):  # less is saved than was measured
+            saved = 0
+        return self._resident(parameters) + (saved if PRECISIONS[self.made["precision"]] is None else saved // 2)
+
+    def _spans(self, units: Units, blocks: int) -> list[tuple[int, int]]:
+        cuts = self.builder._cuts(units, blocks, None) if blocks > 1 else []
+        return list(zip([0, *(cut + 1 for cut in cuts)], [*(cut + 1 for cut in cuts), len(units.names)]))
+
+    def _resident(self, parameters: Iterable[Tensor]) -> int:
+        moments = {"momentum": 1, "adam": 2}
+        known = next((n for name, n in moments.items() if self.factory is _OPTIMIZERS[name]), 0)
+        return sum(p.numel() * p.element_size() * (1 + known * p.requires_grad) for p in parameters)
+
+    def _alone(self, units: Units, blocks: int, limit: int) -> int:
+        """All parameters and the most alive while one of the three largest blocks runs with its head; less once over ``limit``."""
+        builder, spans = self.builder, self._spans(units, blocks)
+        parameters = list(builder.net.parameters())
+        if units.fns is None or PRECISIONS[self.made["precision"]] is not None or self.made["update"] == "end":
+            return 0
+        if blocks == 1 or len(spans) == 1 or not all(p.requires_grad for p in parameters):
+            return 0
+        found: Any = SimpleNamespace(shapes=[units.shapes[end - 1] for _, end in spans])
+        sites = builder._sites(units, [start for start, _ in spans], [end - 1 for _, end in spans], found)
+        builder.method.resolve(sites)
+        x = first_tensor((builder.args, builder.kwargs))
+        assert x is not None and builder.target is not None
+        ctx = StepContext(target=builder.target, input=x, criterion=builder.criterion)
+        heads = [builder.method.head(site).train() for site in sites]
+        resident = self._resident(p for module in (builder.net, *heads) for p in module.parameters())
+        worst = max(sum(units.saved[start:end]) for start, end in spans)
+        for k in sorted(range(len(sites)), key=lambda k: -sum(units.saved[slice(*spans[k])]))[:3]:
+            if resident + worst > limit:
                 break
-            continue
-        if found.peak_bytes <= budget:
-            return found
-        if best is None or found.peak_bytes < best.peak_bytes:
-            best = found
-    if best is None:
-        assert refused is not None
-        raise refused
-    raise ArgumentError(
-        f"budget: {budget:,} bytes are too few; the smallest step found takes {best.peak_bytes:,} bytes with "
-        f"blocks={len(best.blocks)}. Give that much, or fewer rows"
-    )
+            storages = StorageTracker()
+            with storages, torch.enable_grad():
+                h = x if k == 0 else torch.empty((x.shape[0], *sites[k - 1].shape), dtype=parameters[0].dtype)
+                before = 0 if k else h.untyped_storage().nbytes()
+                for unit in units.fns[spans[k][0] : spans[k][1]]:
+                    for fn in unit:
+                        h = fn(h)
+                z = h.detach().requires_grad_()
+                heads[k](z, ctx).loss.backward()
+                h.backward(z.grad)
+            worst = max(worst, before + storages.peak)
+            del h, z
+            for p in parameters:
+                p.grad = None
+        return resident + worst
+
+
+def _as_is(call: Any) -> Any:
+    return call
+
+
+def _counts(units: int) -> list[int]:
+    coarse = (int(EVERY_COUNT * 1.125**i) for i in range(1, 200))
+    return sorted({*range(1, min(units, EVERY_COUNT) + 1), *(n for n in coarse if n < units), units})
 
 
 def _device(device: str | Device) -> Device:
@@ -426,6 +578,8 @@ class _Reads(TorchDispatchMode):
     """What the host reads from a tensor without contents is 0: the engine asks whether something is not finite."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func._schema.name.startswith("aten::_fused_") and func._schema.name.endswith("_"):
+            return None  # an optimizer's step, in place; fake tensors would run it for want of a meta kernel, on real memory
         if func is torch.ops.aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
             dtype = args[0].dtype
             return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
@@ -442,7 +596,7 @@ class _Storages(StorageTracker):
         super().__init__()
         self.saved = saved
         self.gradients = 0
-        self.base = 0
+        self.limit: int | None = None
         self.block: BlockPlan | None = None
 
     def enter(self, block: BlockPlan) -> None:
@@ -456,7 +610,9 @@ class _Storages(StorageTracker):
         if block is None:
             return
         block.most_saved_bytes = self.saved.peak
-        now = self.current - self.base
+        now = self.current
+        if self.limit is not None and now > self.limit:
+            raise _Over
         if now > block.peak_bytes:
             block.peak_bytes, block.saved_bytes, block.gradient_bytes = now, self.saved.current, self.gradients
             block.workspace_bytes = now - self.saved.current - self.gradients
@@ -533,6 +689,7 @@ def _plan_step(
     device: Device,
     made: dict[str, Any],
     fakes: FakeTensorMode,
+    limit: int | None = None,
 ) -> Plan:
     x = first_tensor(batch)
     assert x is not None
@@ -563,6 +720,8 @@ def _plan_step(
         b.boundary_bytes = x.shape[0] * math.prod(own.cost.boundary) * _boundary_size(engine)
     saved = SavedBytes([*weights, *_tensors(batch)])
     storages, roofline = _Storages(saved), _Roofline(device)
+    if limit is not None:
+        storages.limit = limit - plan.resident_bytes
 
     def enter(k: int) -> None:
         storages.enter(plan.blocks[k])

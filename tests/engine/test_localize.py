@@ -15,8 +15,10 @@ import fastlocal as fl
 from fastlocal import models
 from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
 from fastlocal.blocks.measure import StorageTracker
-from fastlocal.engine.localize import default_criterion, parse_bytes, predicted_peak
+from fastlocal.engine import plan
+from fastlocal.engine.localize import default_criterion, parse_bytes
 from fastlocal.errors import ArgumentError
+from tests.engine.formula import predicted_peak
 from tests.engine.untouched import assert_same, untouched
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -165,20 +167,25 @@ def test_the_default_task_loss() -> None:
 
 def make(method: str) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {"auglocal": {"depth": 1}, "dgl": {}, "predsim": {}}
-    return (lambda: models.ResNetCIFAR(3, width=4)), options[method]
+    return (lambda: models.ResNetCIFAR(2, width=4)), options[method]
+
+
+def planned(model: fl.LocalModel, x: Tensor, rows: int) -> int:
+    return fl.plan(model, x, rows=rows).peak_bytes
 
 
 @pytest.mark.parametrize("method", ["dgl", "auglocal", "predsim"])
 def test_auto_takes_the_fewest_blocks_that_fit(method: str) -> None:
     net, options = make(method)
-    peaks = {1: predicted_peak(fl.localize(net(), "bp", sample=X[:2]), 64)}
-    for blocks in range(2, 11):
+    peaks = {1: planned(fl.localize(net(), "bp", sample=X[:2]), X, 64)}
+    for blocks in range(2, 8):
         try:
             model = fl.localize(net(), method, blocks=blocks, sample=X[:2], **options)
         except ArgumentError:  # depth needs more blocks
             continue
-        peaks[blocks] = predicted_peak(model, 64)
-    for budget in sorted(set(peaks.values()))[::3]:
+        peaks[blocks] = planned(model, X, 64)
+    assert list(peaks.values()) != sorted(peaks.values(), reverse=True)  # a bisection could miss one
+    for budget in sorted(set(peaks.values()))[::4]:
         fewest = min(k for k, peak in peaks.items() if peak <= budget)
         torch.manual_seed(5)
         same = fl.localize(net(), method if fewest > 1 else "bp", blocks=fewest, sample=X[:2], **options if fewest > 1 else {})  # fmt: skip
@@ -187,19 +194,30 @@ def test_auto_takes_the_fewest_blocks_that_fit(method: str) -> None:
             net(), method, blocks="auto", memory_budget=budget, budget_batch=64, sample=X[:2], **options
         )
         assert [b.name for b in model.blocks] == [b.name for b in same.blocks]
-        assert predicted_peak(model, 64) <= budget
         # the trials drew no random number of the caller's: the heads start from the same weights
         assert_same(dict(model.state_dict()), dict(same.state_dict()))
 
 
-def test_auto_looks_between_its_steps() -> None:
-    """48 equal layers: 20 blocks (of up to 3) are too few, 25 fit (of up to 2), and so do 24, which are no step."""
-    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(48)))
+def test_auto_looks_between_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 equal layers: 13 blocks (of up to 3) are too few, 15 fit (of up to 2), and so do 14, which are no step."""
+    monkeypatch.setattr(plan, "EVERY_COUNT", 12)
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(28)))
     x = torch.randn(2, 8)
-    peak = predicted_peak(fl.localize(net, "dgl", blocks=24, sample=x), 20000)
-    budget = 1.01 * peak  # 25 blocks have the parameters of one head more
+    assert 14 not in plan._counts(28) and {13, 15, 28} < set(plan._counts(28))
+    budget = 1.01 * planned(fl.localize(net, "dgl", blocks=14, sample=x), x, 20000)  # 15 have a head more
     model = fl.localize(net, "dgl", blocks="auto", memory_budget=budget, budget_batch=20000, sample=x)
-    assert len(model.blocks) == 24
+    assert len(model.blocks) == 14
+
+
+def test_auto_on_a_network_that_needs_contents() -> None:
+    class Counting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[x.sum(1) > -1e9])
+
+    net = nn.ModuleDict({"body": Counting(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))})
+    net.forward = net["body"].forward  # type: ignore[method-assign]
+    with pytest.raises(ArgumentError, match="blocks: 'auto' plans steps of tensors without contents"):
+        fl.localize(net, "dgl", blocks="auto", memory_budget="1GiB", sample=torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("rows", [4, 32])
@@ -223,7 +241,7 @@ def test_auto_with_linked_weights_keeps_its_links() -> None:
     peaks = {}
     for blocks in (1, 2, 3):
         method = "dgl" if blocks > 1 else "bp"
-        peaks[blocks] = predicted_peak(fl.localize(Tied(40), method, blocks=blocks, sample=IDS, tied="link"), 2000)
+        peaks[blocks] = planned(fl.localize(Tied(40), method, blocks=blocks, sample=IDS, tied="link"), IDS, 2000)
     assert peaks[1] > peaks[2] > peaks[3]
     net = Tied(40)
     model = fl.localize(net, "dgl", blocks="auto", memory_budget=peaks[3], budget_batch=2000, sample=IDS, tied="link")
