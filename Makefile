@@ -1,5 +1,6 @@
 # make demo    train a small network by local learning, in about two minutes
 # make test    the whole test suite          (ARGS="tests/csrc -x" runs a part of it)
+# make soak    every method killed at ten points and resumed, in full       (about ten minutes)
 # make lint    ruff and mypy
 # make gpu     all that needs a CUDA device: build, tests, sanitizer, benchmarks, with PYTHON and no venv (docs/gpu.md)
 # make venv    only the environment that these use, in .venv
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv demo test lint gpu clean
+.PHONY: venv demo test soak lint gpu clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED)
@@ -44,6 +45,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout=300 $(ARGS)
+
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.killed $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,11 +4,9 @@ from fastlocal.trainer import optimizers
 from fastlocal.trainer.callbacks import Callback, EarlyStopping, LambdaCallback
 from fastlocal.trainer.checkpoint import Checkpoint, describe, load, read, save
 from fastlocal.trainer.ema import EMA
-from fastlocal.trainer.evaluate import Evaluation, early_exit, evaluate, predict_early, recalibrate
+from fastlocal.trainer.evaluate import Evaluation, accuracy, early_exit, evaluate, predict_early, recalibrate
 from fastlocal.trainer.finetune import freeze, load_pretrained, unfreeze
-from fastlocal.trainer.history import Epoch, History
 from fastlocal.trainer.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from fastlocal.trainer.loop import Loop, accuracy, fit
 from fastlocal.trainer.schedule import PerStep, cosine
 from fastlocal.trainer.store import CheckpointStore, Loaded, Saved
 from fastlocal.trainer.trainer import Trainer
@@ -20,13 +18,10 @@ __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "EarlyStopping",
-    "Epoch",
     "Evaluation",
-    "History",
     "LambdaCallback",
     "Loaded",
     "Logger",
-    "Loop",
     "PerStep",
     "Saved",
     "TensorBoardLogger",
@@ -37,7 +32,6 @@ __all__ = [
     "describe",
     "early_exit",
     "evaluate",
-    "fit",
     "freeze",
     "load",
     "load_pretrained",

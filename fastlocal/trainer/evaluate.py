@@ -19,6 +19,7 @@ from fastlocal.blocks.adapters import logits_of
 from fastlocal.blocks.batch import Unpacked
 from fastlocal.blocks.losses import class_indices, full_precision
 from fastlocal.blocks.types import StepContext
+from fastlocal.data import Batches
 from fastlocal.engine.engine import PRECISIONS
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.output import Hits, count_targets
@@ -125,6 +126,25 @@ def evaluate(
 
 
 # --- early exit ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches, dtype: torch.dtype | None = None) -> float:
+    """Fraction of samples that ``model`` in eval mode classifies rightly; its mode is put back.
+
+    Args:
+        dtype: of autocast, or None for the model's own.
+    """
+    training = model.training
+    model.eval()
+    try:
+        right = torch.zeros((), dtype=torch.int64, device=batches.y.device)
+        with torch.autocast(batches.x.device.type, dtype) if dtype is not None else nullcontext():
+            for x, y in batches.epoch(0):
+                right += (model(x).argmax(1) == y).sum()
+    finally:
+        model.train(training)
+    return right.item() / len(batches.y)
 
 
 @dataclass(frozen=True)

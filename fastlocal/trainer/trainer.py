@@ -23,9 +23,10 @@ from fastlocal.engine.memory import peak_bytes
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
 from fastlocal.engine.output import StepOutput
-from fastlocal.errors import ArgumentError, CheckpointError, NonFiniteError
+from fastlocal.errors import ArgumentError, CheckpointError, NonFiniteError, did_you_mean
 from fastlocal.trainer import checkpoint
 from fastlocal.trainer import schedule as schedule_module
+from fastlocal.trainer.batch_size import find_batch_size
 from fastlocal.trainer.callbacks import Callback, Callbacks
 from fastlocal.trainer.config import resolved, write_config
 from fastlocal.trainer.dump import dump
@@ -37,6 +38,7 @@ from fastlocal.trainer.signals import Leave, Signals
 from fastlocal.trainer.store import CheckpointStore, Loaded
 
 _REMEMBER = 64  # steps whose place in the data is kept: a report of non-finite numbers can be 50 steps late
+_UNSAVED = ("decoupled_weight_decay",)  # a default of AdamW that its constructor does not take
 _DUMPS = 3  # batches written out at most in one run
 
 
@@ -64,8 +66,8 @@ class Trainer:
         folder: for configuration, logs and checkpoints. ``"auto"`` takes a new one in ``runs/``; None writes nothing.
         save_every: batches between two checkpoints within an epoch, besides the one at its end.
         keep_last, keep_best: see `CheckpointStore`.
-        monitor: a column of the epoch's row by which the best are kept and plateaus are found, such as ``"val_accuracy"``,
-            ``"val_loss"``, ``"ema_accuracy"``, ``"val_accuracy_3"``. By default ``val_accuracy``, or ``val_loss`` where there is none.
+        monitor: a column of the epoch's row by which the best are kept and plateaus are found, such as ``"val_loss"``,
+            ``"ema_accuracy"``, ``"val_accuracy_3"``; less is better where ``loss`` is in its name. By default ``val_accuracy``.
         callbacks: `fastlocal.trainer.Callback` objects, such as `EarlyStopping`.
         loggers: besides the CSV files, such as ``"tensorboard"``, ``"wandb"`` or `Logger` objects.
         progress: a bar on stderr.
@@ -140,9 +142,10 @@ class Trainer:
         if channels_last == "auto":
             channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
         bind = getattr(optimizer, "bind", None)
+        self._factory = optimizer if bind is None else bind(model)
         self.engine = Engine(
             model,
-            optimizer if bind is None else bind(model),
+            self._factory,
             schedule=schedule,
             precision=precision,
             graph=graph,
@@ -176,7 +179,7 @@ class Trainer:
         self._scheduler: schedule_module.Schedule | None = None
         self._total: Tensor | None = None  # sum of this epoch's losses, each times its rows
         self._rows = 0
-        self._recalibrated = False
+        self._recalibrated = self._opened = False
         self._resumed: dict[str, Any] | None = None
         self._store: CheckpointStore | None = None
         self._logs = Loggers()
@@ -235,7 +238,12 @@ class Trainer:
         self._set_schedule(epochs, length)
         batches = None if length is None else epochs * length
         self.should_stop = self.engine.should_stop = False
-        style: dict[str, Any] = {"enabled": self.progress, "done": self.seen, "device": self.engine.device, "split": "val"}
+        style: dict[str, Any] = {
+            "enabled": self.progress,
+            "done": self.seen,
+            "device": self.engine.device,
+            "split": "val",
+        }
         with Signals() as signals, Bar(batches, self.model.method.name, **style) as bar:
             self._logs.start(self._config)
             self.callbacks.on_fit_start(self)
@@ -345,16 +353,24 @@ class Trainer:
         row: dict[str, Any] = {}
         if test is None:
             return row
-        count = len(self.model.blocks)
-        names = ["loss", "accuracy", *(f"{name}_{k}" for k in range(count) for name in ("loss", "accuracy"))]
         for prefix, model in self._models():
-            row |= {f"{prefix}_{name}": None for name in names}
+            row |= {f"{prefix}_{name}": None for name in self._measures()}
             if due:
                 begin = time.perf_counter()
                 found = self._evaluate(model, _Watched(test, signals), self.fast_dev_run or None)
                 row |= found.to_row(prefix)
                 self._time(prefix, begin, found.count)
         return row
+
+    def _measures(self) -> list[str]:
+        blocks = range(len(self.model.blocks))
+        return ["loss", "accuracy", *(f"{name}_{k}" for k in blocks for name in ("loss", "accuracy"))]
+
+    def _columns(self, test: Source | None) -> list[str]:
+        """Those of the epochs' rows that are numbers to watch."""
+        names = ["loss", *(f"loss_{k}" for k in range(len(self.model.blocks)))]
+        prefixes = [prefix for prefix, _ in self._models()] if test is not None else []
+        return names + [f"{prefix}_{name}" for prefix in prefixes for name in self._measures()]
 
     def _models(self) -> list[tuple[str, LocalModel]]:
         return [("val", self.model), *([] if self.ema is None else [("ema", self.ema.model)])]
@@ -391,6 +407,33 @@ class Trainer:
 
     def _evaluate(self, model: LocalModel, source: Source, limit: int | None) -> Evaluation:
         return evaluate(model, source, precision=self.precision, channels_last=self.channels_last, limit=limit)
+
+    def find_batch_size(self, batch: Any, *, budget: str | float | None = None, largest: int = 65536) -> int:
+        """The largest batch (micro-batch, with ``accumulate``) whose step fits into memory, to a sixteenth.
+
+        On a CUDA device steps are tried out, and everything is put back. With ``budget``, and on a CPU, where a failed
+        try would take the machine along, `fastlocal.plan` predicts them; the default is 90 % of the free memory.
+
+        Args:
+            batch: any batch, as ``engine.step`` takes it; its rows are repeated.
+            budget: bytes, or "4GiB", of a training step all in all, parameters included.
+            largest: not more rows than this.
+
+        Raises:
+            ArgumentError: not even two rows fit, or a bad argument.
+        """
+        _integer("largest", largest, 2)
+        tensors = {t.data_ptr(): t for t in self.model.state_dict().values()}.values()
+        own = sum(t.numel() * t.element_size() for t in tensors)
+        extra = own * (self.ema is not None)
+        if self.accumulate > 1:  # gradients of all blocks
+            extra += sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        factory = self._factory
+        if isinstance(factory, LocalOptimizer):
+            inner = next(o for o in factory.blocks if o is not None)
+            kind, options = type(inner), {k: v for k, v in inner.defaults.items() if k not in _UNSAVED}
+            factory = lambda named: kind(named, **options)  # noqa: E731
+        return find_batch_size(self.engine, factory, batch, budget=budget, largest=largest, extra=extra)
 
     # --- save and resume ---------------------------------------------------------------------------------------------
 
@@ -508,11 +551,15 @@ class Trainer:
             "epochs": epochs if self._scheduler_spec is not None else None,
         }
         self._config = resolved(self, source, test, epochs, limit)
+        if self.monitor is not None and self.monitor not in (names := self._columns(test)):
+            raise ArgumentError(
+                f"monitor: the epochs' rows have no {self.monitor!r}. {did_you_mean(self.monitor, names)}"
+            )
         if self.folder is not None:
             there = self._checkpoints().latest() is not None
             if resume and there and self._resumed is None:
                 self.resume()
-            elif there and self._resumed is None and not self.history:
+            elif there and self._resumed is None and not self._opened:
                 raise ArgumentError(
                     f"folder: {self.folder} holds a run already; pass resume=True to go on with it, or name another folder"
                 )
@@ -526,9 +573,10 @@ class Trainer:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.folder, self._config)
-        self._logs = Loggers(self._loggers(self._resumed is not None or bool(self.history), resume))
+        self._logs = Loggers(self._loggers(self._resumed is not None or self._opened, resume))
         if self._resumed is not None:
             self._logs.rewind(self._resumed["logs"])
+        self._opened = True
 
     def _loggers(self, goes_on: bool, resume: bool) -> list[Any]:
         if self.fast_dev_run:
@@ -605,13 +653,9 @@ class Trainer:
         )
 
     def _metric(self, row: dict[str, Any]) -> float | None:
-        name = self.monitor
-        if name is None:
-            name = "val_accuracy" if row.get("val_accuracy") is not None else "val_loss"
-            return row.get(name)
-        if name not in row:
-            raise ArgumentError(f"monitor: there is no {name!r}; there are {', '.join(row)}")
-        return row[name]
+        if self.monitor is not None:
+            return row[self.monitor]
+        return row.get("val_accuracy")
 
     def _last_metric(self) -> float | None:
         return self._metric(self.history[-1]) if self.history and not self.batch else None
