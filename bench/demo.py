@@ -23,14 +23,14 @@ import torch
 import fastlocal as fl
 from fastlocal import models
 from fastlocal.bench import plots
+from fastlocal.bench.loop import History, Loop, Step
 from fastlocal.blocks.measure import measure_step
 from fastlocal.data import Batches, Images, load
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError, FastLocalError
 from fastlocal.info import collect
 from fastlocal.reference import train_step
-from fastlocal.trainer import History, Loop, cosine, save
-from fastlocal.trainer.loop import Step
+from fastlocal.trainer import cosine, save
 from fastlocal.trainer.progress import Bar
 
 METHODS = {"bp": "BP", "dgl": "DGL", "auglocal": "AugLocal"}
