@@ -55,9 +55,15 @@ class HookAdapter:
 
     def run(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_block: OnBlock) -> Any:
         fired: list[int] = []
+        training: list[int] = []  # the block whose on_block runs
 
         def hook_of(k: int) -> Callable[[nn.Module, Any, Any], Any]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+                if training:
+                    raise PartitionError(
+                        f"blocks: module '{self.boundaries[k]}' ran anew in the backward of block {training[0]}, so it is called under "
+                        "activation checkpointing; call it without, or put the checkpoint into its own forward, where it does no harm"
+                    )
                 if k in fired:
                     raise PartitionError(
                         f"blocks: module '{self.boundaries[k]}' runs more than once in a forward, so a cut after it is not one "
@@ -74,7 +80,9 @@ class HookAdapter:
                     raise PartitionError(
                         f"blocks: module '{self.boundaries[k]}' returns no tensor; cut after another module"
                     )
+                training.append(k)
                 new = on_block(k, h)
+                training.pop()
                 # every other tensor it returns is cut off too: no gradient may cross the border
                 return pytree.tree_map_only(Tensor, lambda t: new if t is h else t.detach(), output)
 

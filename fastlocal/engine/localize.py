@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from fastlocal.blocks.links import CopyLink
 from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
 from fastlocal.blocks.measure import MacCounter, SavedBytes
 from fastlocal.blocks.partition import Units, balanced_cuts, find_units, measure_units, named_cuts, undisturbed
-from fastlocal.blocks.types import Site, StepContext
+from fastlocal.blocks.types import LocalLoss, Site, StepContext
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError, IsolationError, PartitionError
 from fastlocal.methods import Method, get_method
@@ -80,6 +81,10 @@ def localize(
         raise ArgumentError(f"net: expected an nn.Module, got {type(net).__name__}")
     if isinstance(net, LocalModel):
         raise ArgumentError("net: is a LocalModel already; pass its .export() to cut it anew")
+    if getattr(net.forward, "__func__", None) is nn.Module.forward:
+        raise ArgumentError(
+            f"net: {type(net).__name__} has no forward; give nn.Sequential(*blocks, classifier), or a module with one"
+        )
     if tied not in ("error", "untie", "link"):
         raise ArgumentError(f"tied: got {tied!r}; valid are 'error', 'untie', 'link'")
     builder = prepare(
@@ -290,7 +295,7 @@ class _Builder:
         sites = self._sites(units, starts, ends, found)
         self.method.resolve(sites)
         like = next(self.net.parameters())
-        heads = [_as_backbone(self.method.head(site), like) for site in sites]
+        heads = [_as_backbone(_checked_head(self.method.head(site), self.method), like) for site in sites]
         blocks = []
         for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
             buffers = {id(b) for m in found.modules[k] for b in m._buffers.values() if b is not None}
@@ -438,6 +443,20 @@ def _split_tied(net: nn.Module, found: Audit, *, link: bool) -> list[CopyLink]:
     return links
 
 
+def _checked_head(head: Any, method: Method) -> nn.Module:
+    """What somebody's own method returns, if the blocks can use it."""
+    if not isinstance(head, nn.Module):
+        raise ArgumentError(f"method: head() of {method.name!r} returned {type(head).__name__}; return an nn.Module")
+    try:
+        inspect.signature(head.forward).bind("h", "ctx")
+    except TypeError:
+        raise ArgumentError(
+            f"method: the head of {method.name!r}, {type(head).__name__}, does not take (h, ctx); a plain classifier becomes a head as "
+            "fastlocal.blocks.heads.ClassifierHead(classifier)"
+        ) from None
+    return head
+
+
 def _as_backbone(head: nn.Module, like: Tensor) -> nn.Module:
     """On the device and in the dtype of the backbone; parameters that are so already stay (fake ones cannot be swapped)."""
     if any(p.device != like.device or p.dtype != like.dtype for p in head.parameters()):
@@ -474,6 +493,11 @@ def _measure_blocks(
             own = macs.total
             if block.head is not None:
                 loss = block.local_loss(h.detach().requires_grad_(), ctx)
+                if not isinstance(loss, LocalLoss):
+                    raise ArgumentError(
+                        f"method: the head of {model.method.name!r} returned {type(loss).__name__}; return "
+                        "LocalLoss.of(('task', loss, 1.0))"
+                    )
             block.cost = BlockCost(
                 boundary=tuple(h.shape[1:]),
                 macs=(own - mark) // rows,

@@ -32,12 +32,17 @@ class Method:
     Raises ArgumentError for an unknown mode or option, or a value out of range.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    repository: ClassVar[str]
+    name: ClassVar[str] = ""  # a subclass without one is called as its class
+    paper: ClassVar[str] = ""
+    repository: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     isolated: bool = True
     Options: ClassVar[type] = NoOptions
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.name:
+            cls.name = cls.__name__
 
     def __init__(self, mode: str = "paper", **options: Any) -> None:
         check_choice("mode", mode, MODES)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlocal.blocks.adapters import HookAdapter, SliceAdapter, logits_of
 from fastlocal.errors import ArgumentError, PartitionError
@@ -183,3 +184,40 @@ def test_logits_of() -> None:
     assert logits_of({"scores": X}) is X
     with pytest.raises(TypeError, match="returns str, in which no logits were found"):
         logits_of("text")
+
+
+class Checkpointed(nn.Module):
+    """Two layers under activation checkpointing: around the call of each, or in the layer's own forward."""
+
+    class Layer(nn.Linear):
+        inside = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            run = super().forward
+            return checkpoint(run, x, use_reentrant=False).relu() if self.inside else run(x).relu()
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.inside = self.Layer(4, 4), self.Layer(4, 4), inside
+        self.a.inside = self.b.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            x = layer(x) if self.inside else checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def test_a_cut_under_activation_checkpointing_is_refused_and_inside_a_module_it_is_welcome() -> None:
+    def on_block(k: int, h: Tensor) -> Tensor:
+        h.square().sum().backward()
+        return h.detach()
+
+    x = X.clone().requires_grad_()
+    around, inside = Checkpointed(False), Checkpointed(True)
+    with (
+        untouched(around),
+        pytest.raises(PartitionError, match=r"'a' ran anew in the backward of block 0.*own forward"),
+    ):
+        HookAdapter(["a"]).run(around, (x,), {}, on_block)
+    HookAdapter(["a"]).run(inside, (x,), {}, on_block)
+    assert inside.a.weight.grad is not None and inside.b.weight.grad is None

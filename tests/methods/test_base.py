@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+import fastlocal as fl
 from fastlocal.blocks.heads import AvgPool, ClassifierHead
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import Method, get_method, list_methods, register
@@ -123,3 +124,49 @@ def _site():
 
     net = torch.nn.Linear(1, 1)
     return Site(0, 2, 0, 2, "a", (4, 8, 8), (3, 8, 8), 10, False, None, net, 0)
+
+
+class Nameless(Method):
+    """A method of a user's own script, with no more than it must have."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make = make
+
+    def head(self, site):
+        return self.make(site)
+
+
+class LossOnly(torch.nn.Linear):
+    def forward(self, h, ctx):
+        return super().forward(h.mean((2, 3))).square().mean()
+
+
+def _net():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3), AvgPool(), torch.nn.Linear(4, 10))
+
+
+def test_a_method_without_a_name_is_called_as_its_class():
+    def head(site):
+        return ClassifierHead(torch.nn.Sequential(AvgPool(), torch.nn.Linear(site.shape[0], site.num_classes)))
+
+    model = fl.localize(_net(), Nameless(head), blocks=["0"], sample=torch.zeros(2, 1, 8, 8))
+    assert model.method.name == "Nameless" and "Nameless" not in [m["name"] for m in fl.list_methods()]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda site: torch.nn.Flatten(), r"head of 'Nameless', Flatten, does not take \(h, ctx\).*ClassifierHead\("),
+        (lambda site: "dgl", r"head\(\) of 'Nameless' returned str; return an nn\.Module"),
+        (lambda site: LossOnly(4, 1), r"head of 'Nameless' returned Tensor; return LocalLoss\.of"),
+    ],
+)
+def test_heads_that_the_blocks_cannot_use(make, message):
+    with pytest.raises(ArgumentError, match="^method: .*" + message):
+        fl.localize(_net(), Nameless(make), blocks=["0"], sample=torch.zeros(2, 1, 8, 8))
+
+
+def test_a_list_of_modules_is_no_network():
+    with pytest.raises(ArgumentError, match=r"^net: ModuleList has no forward; give nn\.Sequential"):
+        fl.localize(torch.nn.ModuleList(_net()), "dgl", blocks=2, sample=torch.zeros(2, 1, 8, 8))
