@@ -295,7 +295,8 @@ class _Builder:
         sites = self._sites(units, starts, ends, found)
         self.method.resolve(sites)
         like = next(self.net.parameters())
-        heads = [_as_backbone(_checked_head(self.method.head(site), self.method), like) for site in sites]
+        made = [self.method.head(site) for site in sites]
+        heads = [_as_backbone(_checked_head(head, self.method), like) for head in made]
         blocks = []
         for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
             buffers = {id(b) for m in found.modules[k] for b in m._buffers.values() if b is not None}
