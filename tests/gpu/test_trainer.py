@@ -92,7 +92,7 @@ def test_batches_and_mixing_never_wait() -> None:
     with no_sync():
         for index, (x, y) in enumerate(source.epoch(1)):
             target = y if ON_CUDA else torch.full((len(y), 10), 0.1)  # on a CPU labels are looked at
-                mixing(x, target, 10, 1, index)
+            mixing(x, target, 10, 1, index)
 
 
 @pytest.mark.gpu
