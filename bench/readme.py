@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastlocal.bench import demo
+from fastlocal.bench import accuracy, demo
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import list_methods
 
@@ -141,6 +141,37 @@ def _step_time_table(command: str, record: dict[str, Any]) -> str:
     return f"{title}\n\n{table(rows)}"
 
 
+def _accuracy(rows: Callable[[list[dict[str, Any]]], list[list[str]]], left: int = 1) -> Callable[[Path], str]:
+    """A part that is one table of the recorded accuracies."""
+
+    def part(root: Path) -> str:
+        found = rows(accuracy.read(root / accuracy.RESULTS))
+        if len(found) == 1:
+            return (
+                "No run is recorded here yet. `python -m fastlocal.bench.accuracy --suite methods` trains and records."
+            )
+        return table(found, left)
+
+    return part
+
+
+def accuracy_part(root: Path) -> str:
+    records = accuracy.read(root / accuracy.RESULTS)
+    shown = _accuracy(accuracy.summary_rows)(root)
+    return f"{shown}\n\n{accuracy.conditions(records)}" if accuracy.compared(records) else shown
+
+
+def accuracy_conditions_part(root: Path) -> str:
+    return accuracy.conditions(accuracy.read(root / accuracy.RESULTS))
+
+
+def accuracy_commands_part(root: Path) -> str:
+    records = accuracy.read(root / accuracy.RESULTS)
+    lines = [record["case"] for record in records if not record["case"]["held_out"]]
+    commands = [accuracy.Case(**case).command(f"{case['data']}.npz") for case in lines]
+    return "\n".join(["```", *commands, "```"]) if commands else "No run is recorded here yet."
+
+
 def methods_part(root: Path) -> str:
     rows = [["name", "what trains a block", "options and defaults", "paper", "official code"]]
     for method in list_methods():
@@ -159,6 +190,13 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "ledger": ledger_part,
     "step_time": step_time_part,
     "methods": methods_part,
+    "accuracy": accuracy_part,
+    "accuracy_conditions": accuracy_conditions_part,
+    "accuracy_full": _accuracy(accuracy.full_rows, left=3),
+    "accuracy_heads": _accuracy(accuracy.head_rows, left=3),
+    "accuracy_blocks": _accuracy(accuracy.block_rows),
+    "accuracy_rates": _accuracy(accuracy.rate_rows, left=3),
+    "accuracy_commands": accuracy_commands_part,
     "papers": papers_part,
 }
 

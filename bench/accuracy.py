@@ -1,0 +1,728 @@
+"""`python -m fastlocal.bench.accuracy`: what methods reach on real images, in short runs on a CPU.
+
+    python -m fastlocal.bench.accuracy --data cifar10.npz --model resnet20 --method auglocal --json accuracy.jsonl
+    python -m fastlocal.bench.accuracy --data cifar10.npz --suite methods --json accuracy.jsonl
+    python -m fastlocal.bench.accuracy --draw docs --json accuracy.jsonl
+
+A run trains with `fastlocal.Trainer` on the first images of each class and appends one record to the JSONL file. A suite
+is a list of runs; those that the file holds already are left out. Nothing is downloaded: ``--data`` is a .npz file or a
+folder that `fastlocal.data.load` knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastlocal as fl
+from fastlocal import models
+from fastlocal.bench import plots
+from fastlocal.data import Batches, Images, load
+from fastlocal.errors import ArgumentError, FastLocalError
+from fastlocal.info import collect
+from fastlocal.methods import get_method
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("bench") / "results" / "accuracy.jsonl"
+NAMES = {"bp": "BP", "predsim": "PredSim", "auglocal": "AugLocal", "infopro": "InfoPro", "dgl": "DGL"}
+NETS = {"resnet20": "ResNet-20", "vgg8b": "VGG8b"}
+SETS = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+@dataclass
+class Case:
+    """One run, as its record says it. The defaults are what the suites train with.
+
+    ``convolutions``: only the convolutions are units, and what follows them is the readout; see `Convolutions`.
+    ``train``, ``test``: images, equally many of each class, the first in the set's order. ``held_out``: test on the
+    training images that come next, for choosing learning rates.
+    """
+
+    data: str
+    model: str = "resnet20"
+    method: str = "bp"
+    blocks: int | None = None
+    model_option: dict[str, Any] = field(default_factory=dict)
+    option: dict[str, Any] = field(default_factory=dict)
+    convolutions: bool = False
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 1e-4
+    epochs: int = 5
+    batch_size: int = 64
+    warmup: float = 0.5
+    crop: int = 0
+    flip: bool = False
+    train: int = 6_000
+    test: int = 3_000
+    held_out: bool = False
+    precision: str = "bf16-mixed"
+    threads: int = 1
+    seed: int = 0
+
+    def command(self, data: str) -> str:
+        """What repeats the run, from the set at ``data``."""
+        words = ["python -m fastlocal.bench.accuracy", f"--data {data}"]
+        for known in fields(self):
+            value, flag = getattr(self, known.name), "--" + known.name.replace("_", "-")
+            if known.name == "data" or value == known.default or value in (None, {}):
+                continue
+            if isinstance(value, dict):
+                words += [f"{flag} {key}={_text(entry)}" for key, entry in value.items()]
+            else:
+                words.append(flag if value is True else f"{flag} {value}")
+        return " ".join(words)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+class Convolutions(nn.Module):
+    """A VGG8b or VGG11b whose fully connected layers are the readout, so that each unit is a convolution.
+
+    AugLocal makes its heads like later units and puts a linear layer behind them, so the layers of the classifier cannot
+    be among the units; InfoPro's decoder needs feature maps.
+    """
+
+    def __init__(self, net: models.VGGLocal):
+        super().__init__()
+        self.net = net
+        self.count = sum(name.startswith("features") for name in net.unit_names)
+
+    @property
+    def widths(self) -> list[int]:
+        return self.net.widths[: self.count]
+
+    def units(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        return [(f"net.{name}", unit) for name, unit in self.net.units()[: self.count]]
+
+    def readout(self, h: Tensor) -> Tensor:
+        return self.net.classifier(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def make_unit(self, i: int, in_channels: int, stride: int) -> nn.Module:
+        return self.net.make_unit(i, in_channels, stride)
+
+    def make_readout(self, in_features: int, num_classes: int) -> nn.Module:
+        return self.net.make_readout(in_features, num_classes)
+
+
+def part(images: Images, case: Case) -> Images:
+    """The images that a run trains and tests on; mean and standard deviation stay those of the whole set.
+
+    Raises:
+        ArgumentError: a class has too few images, or the numbers do not divide by the classes.
+    """
+    classes = images.num_classes
+    for name, count in (("train", case.train), ("test", case.test)):
+        if count < classes or count % classes:
+            raise ArgumentError(f"--{name}: got {count}; give a multiple of the {classes} classes")
+    train = _rows("train", images.y_train, classes, 0, case.train // classes)
+    if case.held_out:
+        test = _rows("test", images.y_train, classes, case.train // classes, case.test // classes)
+        x_test, y_test = images.x_train[test], images.y_train[test]
+    else:
+        test = _rows("test", images.y_test, classes, 0, case.test // classes)
+        x_test, y_test = images.x_test[test], images.y_test[test]
+    return replace(images, x_train=images.x_train[train], y_train=images.y_train[train], x_test=x_test, y_test=y_test)
+
+
+def _rows(name: str, labels: Tensor, classes: int, start: int, count: int) -> Tensor:
+    keep = []
+    for label in range(classes):
+        members = (labels == label).nonzero().flatten()
+        if len(members) < start + count:
+            raise ArgumentError(
+                f"--{name}: class {label} has {len(members)} images, not {start + count}; give at most "
+                f"{(len(members) - start) * classes}"
+            )
+        keep.append(members[start : start + count])
+    return torch.cat(keep).sort().values
+
+
+def network(case: Case, images: Images) -> nn.Module:
+    """The net of a run, newly drawn."""
+    accepted = models.options(case.model)
+    channels, size, _ = images.shape
+    fitting = {"num_classes": images.num_classes, "in_channels": channels, "img_size": size}
+    net = models.create(case.model, **{k: v for k, v in fitting.items() if k in accepted} | case.model_option)
+    if not case.convolutions:
+        return net
+    if not isinstance(net, models.VGGLocal):
+        raise ArgumentError(f"--convolutions: is for vgg8b and vgg11b, not {case.model}; leave it out")
+    return Convolutions(net)
+
+
+def run(images: Images, case: Case, progress: bool = False) -> dict[str, Any]:
+    """Trains, and returns the record.
+
+    Raises:
+        ArgumentError: a value that is not one of those.
+    """
+    images = part(images, case)
+    torch.manual_seed(case.seed)
+    net = network(case, images)
+    train = Batches(images, batch_size=case.batch_size, seed=case.seed, crop=case.crop, flip=case.flip)
+    test = Batches(images, train=False, batch_size=250)
+    options = dict(case.option)
+    if case.method == "infopro":
+        options = {"mean": images.mean.tolist(), "std": images.std.tolist()} | options
+    blocks = (case.blocks or len(net.units())) if get_method(case.method).isolated else 1  # type: ignore[operator]
+    model = fl.localize(net, case.method, blocks=blocks, sample=next(train.epoch(0))[0][:2], **options)
+
+    def optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        if case.optimizer == "adam":
+            return torch.optim.Adam(named, case.lr)
+        return torch.optim.SGD(named, case.lr, momentum=0.9, nesterov=True, weight_decay=case.weight_decay)
+
+    trainer = fl.Trainer(
+        model,
+        optimizer,
+        scheduler=("cosine", {"warmup_epochs": case.warmup, "warmup_factor": 0.05, "warmup_prefix": True}),
+        precision=case.precision,
+        seed=case.seed,
+        folder=None,
+        progress=progress,
+    )
+    begin = time.perf_counter()
+    history = trainer.fit(train, test, epochs=case.epochs)
+    seconds = time.perf_counter() - begin
+    last, count = history[-1], len(model.blocks)
+    found = collect()
+    return {
+        "case": asdict(case),
+        "blocks": count,
+        "units": [unit for unit, _ in net.units()],  # type: ignore[operator]
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "samples": {"train": len(images.y_train), "test": len(images.y_test), "shape": list(images.shape)},
+        "accuracy": last["val_accuracy"],
+        "accuracies": [last.get(f"val_accuracy_{k}") for k in range(count)],
+        "losses": [last[f"loss_{k}"] for k in range(count)],
+        "curve": [
+            {
+                "accuracy": row["val_accuracy"],
+                "accuracies": [row.get(f"val_accuracy_{k}") for k in range(count)],
+                "loss": row["loss"],
+            }
+            for row in history
+        ],
+        "seconds": round(seconds, 1),
+        "seconds_note": "not a benchmark: other processes ran on the machine",
+        "machine": {
+            "cpu": found["cpu"]["name"],
+            "threads": torch.get_num_threads(),
+            "torch": found["torch"]["version"],
+            "fastlocal": found["fastlocal"],
+            "commit": _commit(),
+        },
+    }
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- suites
+
+LAMBDAS = [5, 0.05, 0.2, 0.5]  # InfoPro's own for ResNet-32 with every unit a block; none are published for these nets
+OPTIONS: dict[str, dict[str, Any]] = {"auglocal": {"depth": 2}, "infopro": {"lam": LAMBDAS, "loss": "cross_entropy"}}
+# by the trials of docs/accuracy.md; DGL has AugLocal's, whose loss it shares
+RATES: dict[tuple[str, str], tuple[str, float]] = {
+    ("resnet20", "bp"): ("sgd", 0.1),
+    ("resnet20", "predsim"): ("adam", 0.002),
+    ("resnet20", "auglocal"): ("sgd", 0.1),
+    ("resnet20", "infopro"): ("sgd", 0.1),
+    ("resnet20", "dgl"): ("sgd", 0.1),
+    ("vgg8b", "bp"): ("sgd", 0.03),
+    ("vgg8b", "predsim"): ("adam", 0.002),
+    ("vgg8b", "auglocal"): ("sgd", 0.03),
+    ("vgg8b", "infopro"): ("sgd", 0.1),
+}
+
+
+def suite(name: str, data: str) -> list[Case]:
+    """The runs of a suite on one set: ``methods`` (two nets under four methods) or ``blocks`` (accuracy against K).
+
+    Raises:
+        ArgumentError: no such suite.
+    """
+    augmented = {"crop": 4, "flip": True} if data == "cifar10" else {}
+    if name == "methods":
+        wanted = [(model, method, None) for model in NETS for method in ("bp", "predsim", "auglocal", "infopro")]
+    elif name == "blocks":
+        wanted = [("resnet20", "dgl", blocks) for blocks in (2, 4, 10)]
+    else:
+        raise ArgumentError(f"--suite: got {name!r}; valid are 'methods', 'blocks'")
+    cases = []
+    for model, method, blocks in wanted:
+        optimizer, lr = RATES[model, method]
+        cases.append(
+            Case(
+                data=data,
+                model=model,
+                method=method,
+                blocks=blocks,
+                model_option={"feat_mult": 0.125, "num_hidden": 128} if model == "vgg8b" else {},
+                option=OPTIONS.get(method, {}),
+                convolutions=model == "vgg8b" and method in ("auglocal", "infopro"),
+                optimizer=optimizer,
+                lr=lr,
+                **augmented,
+            )
+        )
+    return cases
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, the newest of each case; none where there is no file."""
+    if not path.exists():
+        return []
+    newest: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        newest[json.dumps(record["case"], sort_keys=True)] = record
+    return list(newest.values())
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """One line more, with numbers rounded to what they can bear."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(_rounded(record)) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------------------- tables, pictures
+
+
+@dataclass(frozen=True)
+class Published:
+    """A paper's accuracy of a method, and of BP in the same setting, in percent."""
+
+    bp: float
+    accuracy: float
+    setting: str
+    source: str
+
+    @property
+    def gap(self) -> float:
+        return self.bp - self.accuracy
+
+
+_LOCAL_LOSS = "Nøkland and Eidnes 2019, README of anokland/local-loss"
+_AUGLOCAL = "Ma et al. 2024, arXiv 2402.17318, quoted second-hand"
+_INFOPRO = "Wang et al. 2021, arXiv 2101.10832, table 2"
+PUBLISHED = {
+    ("cifar10", "vgg8b", "predsim"): Published(94.01, 94.42, "VGG8b, 400 epochs, dropout", _LOCAL_LOSS),
+    ("fashion_mnist", "vgg8b", "predsim"): Published(95.47, 95.35, "VGG8b, 200 epochs, jitter and flips", _LOCAL_LOSS),
+    ("cifar10", "resnet20", "predsim"): Published(94.61, 74.95, "ResNet-110, K=55, 400 epochs", _AUGLOCAL),
+    ("cifar10", "resnet20", "auglocal"): Published(94.61, 93.96, "ResNet-110, K=55, depth 6, 400 epochs", _AUGLOCAL),
+    ("cifar10", "resnet20", "infopro"): Published(92.63, 85.77, "ResNet-32, K=16, cross-entropy, 160 epochs", _INFOPRO),
+}
+# InfoPro's table 2: ResNet-32 on CIFAR-10, test error in percent, K to DGL's; K=1 is BP
+PUBLISHED_DGL = {1: 7.37, 2: 8.69, 4: 11.48, 8: 14.17, 16: 16.21}
+
+
+def compared(records: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """Records by (data, model), then method: those of the ``methods`` suite, one seed, where BP is there too."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for data in SETS:
+        for model in NETS:
+            of_pair = {
+                r["case"]["method"]: r
+                for r in records
+                if (r["case"]["data"], r["case"]["model"]) == (data, model)
+                and not r["case"]["held_out"]
+                and r["case"]["blocks"] is None
+                and r["case"]["seed"] == 0
+            }
+            if "bp" in of_pair:
+                found[data, model] = {method: of_pair[method] for method in NAMES if method in of_pair}
+    return found
+
+
+def against_blocks(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """DGL's records of ResNet-20 on CIFAR-10 by number of blocks, with BP as 1; none where BP's is missing."""
+    bp = compared(records).get(("cifar10", "resnet20"), {}).get("bp")
+    if bp is None:
+        return {}
+    chosen = [
+        r
+        for r in records
+        if (r["case"]["data"], r["case"]["model"], r["case"]["method"]) == ("cifar10", "resnet20", "dgl")
+        and not r["case"]["held_out"]
+    ]
+    return {1: bp} | {r["blocks"]: r for r in sorted(chosen, key=lambda r: r["blocks"])}
+
+
+def gap(record: dict[str, Any], bp: dict[str, Any]) -> float:
+    """Points of accuracy below BP."""
+    return 100 * (bp["accuracy"] - record["accuracy"])
+
+
+def draw(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """The pictures of docs/accuracy.md, as far as there are records for them; their paths.
+
+    Raises:
+        ArgumentError: there is no record of BP to compare with.
+        BackendError: matplotlib is not installed.
+    """
+    groups = compared(records)
+    if not groups:
+        raise ArgumentError("--json: holds no run of BP; run `--suite methods` first")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "accuracy_curves.png", folder / "accuracy_heads.png"]
+    _draw_curves(paths[0], groups)
+    _draw_heads(paths[1], groups)
+    of_blocks = against_blocks(records)
+    if len(of_blocks) > 1:
+        paths.append(folder / "accuracy_blocks.png")
+        _draw_blocks(paths[2], of_blocks)
+    return paths
+
+
+_COLOR = dict(zip(NAMES, plots.COLORS, strict=False))
+
+
+def _panels(title: str, groups: dict[tuple[str, str], Any]) -> tuple[Any, list[tuple[tuple[str, str], Any]]]:
+    fig = plots.figure(11, 4 * math.ceil(len(groups) / 2))
+    fig.suptitle(title, fontsize=12)
+    axes = fig.subplots(math.ceil(len(groups) / 2), 2, squeeze=False).flatten()
+    for spare in axes[len(groups) :]:
+        spare.set_visible(False)
+    for axis, (data, model) in zip(axes, groups):
+        axis.set_title(f"{SETS[data]}, {NETS[model]}", fontsize=11, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.tick_params(labelsize=9)
+    return fig, list(zip(groups, axes))
+
+
+def _label(axis: Any, x: float, ends: dict[str, float]) -> None:
+    """Names at the right end of the lines, moved apart where they would overlap."""
+    low, high = axis.get_ylim()
+    step = 0.065 * (high - low)
+    at = sorted(ends, key=lambda name: ends[name])
+    places = [ends[name] for name in at]
+    for _ in range(100):
+        for i in range(len(places) - 1):
+            short = step - (places[i + 1] - places[i])
+            if short > 0:
+                places[i], places[i + 1] = places[i] - short / 2, places[i + 1] + short / 2
+    for method, y in zip(at, places):
+        text = f" {NAMES[method]} {ends[method]:.1f}"
+        axis.annotate(text, (x, y), color=_COLOR[method], fontsize=9, va="center", annotation_clip=False)
+
+
+def _draw_curves(path: Path, groups: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> None:
+    fig, panels = _panels("Test accuracy by epoch, %: short runs on part of the data, one seed", groups)
+    for key, axis in panels:
+        epochs = 0
+        for method, record in groups[key].items():
+            values = [100 * row["accuracy"] for row in record["curve"]]
+            epochs = len(values)
+            axis.plot(range(1, epochs + 1), values, "o-", color=_COLOR[method], markersize=3.5, linewidth=1.8)
+        axis.set_xlabel("epoch", fontsize=10)
+        axis.set_xticks(range(1, epochs + 1))
+        axis.set_xlim(0.8, epochs + 0.28 * epochs)
+        _label(axis, epochs + 0.02 * epochs, {m: 100 * r["accuracy"] for m, r in groups[key].items()})
+    fig.savefig(path, dpi=120)
+
+
+def _draw_heads(path: Path, groups: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> None:
+    fig, panels = _panels("Test accuracy of each block's head, %; the last is the network's own output", groups)
+    for key, axis in panels:
+        longest = max(record["blocks"] for record in groups[key].values())
+        for method, record in groups[key].items():
+            values = [math.nan if a is None else 100 * a for a in record["accuracies"]]
+            if method == "bp":
+                axis.axhline(values[-1], color=_COLOR[method], linestyle="--", linewidth=1.4)
+                axis.annotate(
+                    f"BP {values[-1]:.1f}", (0.8, values[-1]), xytext=(0, 3), textcoords="offset points", fontsize=9
+                )
+                continue
+            axis.plot(range(1, len(values) + 1), values, "o-", color=_COLOR[method], markersize=3.5, linewidth=1.8)
+        axis.set_xlabel("block", fontsize=10)
+        axis.set_xticks(range(1, longest + 1))
+        axis.set_xlim(0.7, longest * 1.28)
+        ends = {m: 100 * r["accuracy"] for m, r in groups[key].items() if m != "bp"}
+        lengths = {groups[key][m]["blocks"] for m in ends}
+        for length in lengths:
+            _label(axis, length + 0.02 * longest, {m: e for m, e in ends.items() if groups[key][m]["blocks"] == length})
+    fig.savefig(path, dpi=120)
+
+
+def _draw_blocks(path: Path, of_blocks: dict[int, dict[str, Any]]) -> None:
+    fig = plots.figure(7, 4)
+    axis = fig.subplots()
+    lines = (
+        ("ResNet-20, short runs here", {k: gap(r, of_blocks[1]) for k, r in of_blocks.items()}, "o-", plots.COLORS[2]),
+        (
+            "ResNet-32, 160 epochs, as published",
+            {k: error - PUBLISHED_DGL[1] for k, error in PUBLISHED_DGL.items()},
+            "s--",
+            plots.COLORS[1],
+        ),
+    )
+    for name, points, style, color in lines:
+        axis.plot(list(points), list(points.values()), style, color=color, label=name, linewidth=1.8, markersize=5)
+        for k, value in points.items():
+            if k > 1:
+                axis.annotate(
+                    f"{value:.1f}",
+                    (k, value),
+                    xytext=(0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                    color=color,
+                )
+    axis.set_title("DGL on CIFAR-10: points of accuracy below BP, by number of blocks", fontsize=11, loc="left")
+    axis.set_xscale("log", base=2)
+    ticks = sorted({*of_blocks, *PUBLISHED_DGL})
+    axis.set_xticks(ticks, ["1 (BP)" if k == 1 else str(k) for k in ticks])
+    axis.set_xlabel("blocks", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    axis.margins(y=0.12)
+    fig.savefig(path, dpi=120)
+
+
+def summary_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a (data, model): accuracy of each method, with its points below BP."""
+    rows = [["", *(NAMES[m] for m in ("bp", "predsim", "auglocal", "infopro"))]]
+    for (data, model), of_pair in compared(records).items():
+        cells = []
+        for method in ("bp", "predsim", "auglocal", "infopro"):
+            record = of_pair.get(method)
+            if record is None:
+                cells.append("-")
+            else:
+                below = "" if method == "bp" else f" ({-gap(record, of_pair['bp']):+.1f})"
+                cells.append(f"{100 * record['accuracy']:.1f}{below}")
+        rows.append([f"{SETS[data]}, {NETS[model]}", *cells])
+    return rows
+
+
+def full_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a run, beside the closest published setting."""
+    rows = [
+        ["data", "net", "method", "K", "accuracy %", "against BP", "published against BP", "published in", "source"]
+    ]
+    for (data, model), of_pair in compared(records).items():
+        for method, record in of_pair.items():
+            if method == "dgl":
+                continue
+            known = PUBLISHED.get((data, model, method))
+            rows.append(
+                [
+                    SETS[data],
+                    NETS[model],
+                    NAMES[method],
+                    str(record["blocks"]),
+                    f"{100 * record['accuracy']:.1f}",
+                    "-" if method == "bp" else f"{-gap(record, of_pair['bp']):+.1f}",
+                    *(
+                        ["-" if method == "bp" else "none found", "", ""]
+                        if known is None
+                        else [f"{-known.gap:+.2f}", known.setting, known.source]
+                    ),
+                ]
+            )
+    return rows
+
+
+def head_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a run under a local method: every head's accuracy, first to last."""
+    rows = [["", "method", "accuracy % of each block's head, first to last"]]
+    for (data, model), of_pair in compared(records).items():
+        for method, record in of_pair.items():
+            if method not in ("bp", "dgl"):
+                values = ", ".join("-" if a is None else f"{100 * a:.1f}" for a in record["accuracies"])
+                rows.append([f"{SETS[data]}, {NETS[model]}", NAMES[method], values])
+    return rows
+
+
+def block_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """Accuracy of DGL against the number of blocks, beside the published one."""
+    of_blocks = against_blocks(records)
+    rows = [["K", "ResNet-20 here, %", "against BP", "ResNet-32 published, %", "against BP"]]
+    for k in sorted({*of_blocks, *PUBLISHED_DGL}) if of_blocks else []:
+        here, there = of_blocks.get(k), PUBLISHED_DGL.get(k)
+        cells = ["1 (BP)" if k == 1 else str(k)]
+        cells += ["-", "-"] if here is None else [f"{100 * here['accuracy']:.1f}", f"{-gap(here, of_blocks[1]):+.1f}"]
+        cells += ["-", "-"] if there is None else [f"{100 - there:.2f}", f"{PUBLISHED_DGL[1] - there:+.2f}"]
+        rows.append([cells[0], cells[1], "-", cells[3], "-"] if k == 1 else cells)
+    return rows
+
+
+def rate_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """The trials that chose optimizer and learning rate: accuracy on training images that were held out."""
+    rows = [["net", "method", "held-out accuracy %"]]
+    trials: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        if record["case"]["held_out"]:
+            trials.setdefault((record["case"]["model"], record["case"]["method"]), []).append(record)
+    for model in NETS:
+        for method in NAMES:
+            cells = []
+            for record in trials.get((model, method), []):
+                case = record["case"]
+                text = f"{case['optimizer'].upper() if case['optimizer'] == 'sgd' else 'Adam'} {case['lr']:g}: "
+                text += f"{100 * record['accuracy']:.1f}"
+                chosen = RATES.get((model, method)) == (case["optimizer"], case["lr"])
+                cells.append(f"**{text}**" if chosen else text)
+            if cells:
+                rows.append([NETS[model], NAMES[method], ", ".join(cells)])
+    return rows
+
+
+def conditions(records: list[dict[str, Any]]) -> str:
+    """What all compared runs share, read from the records."""
+    chosen = [record for of_pair in compared(records).values() for record in of_pair.values()]
+
+    def values(read: Callable[[dict[str, Any]], Any]) -> str:
+        return ", ".join(dict.fromkeys(str(read(record)) for record in chosen))
+
+    count = values(lambda r: f"{r['samples']['train']:,} training and {r['samples']['test']:,} test images")
+    return (
+        f"{count} of each set, equally many of each class, {values(lambda r: r['case']['epochs'])} epochs, batch "
+        f"{values(lambda r: r['case']['batch_size'])}, {values(lambda r: r['case']['precision'])}, seed "
+        f"{values(lambda r: r['case']['seed'])}, {values(lambda r: r['machine']['cpu'])}, "
+        f"{values(lambda r: r['case']['threads'])} thread, torch {values(lambda r: r['machine']['torch'])}, fastlocal "
+        f"{values(lambda r: r['machine']['commit'])}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs, suites, pictures; 0, or 2 for a bad argument."""
+    options = _parser().parse_args(argv)
+    try:
+        return _main(options)
+    except FastLocalError as error:
+        print(f"fastlocal bench accuracy: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastlocal bench accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="a .npz file, or a folder of a known set")
+    add("--suite", choices=("methods", "blocks"), help="a list of runs instead of one")
+    add("--json", type=Path, metavar="PATH", help="append the records to this .jsonl file")
+    add("--draw", type=Path, metavar="DIR", help="write the pictures of the records in --json, and train nothing")
+    add("--list", action="store_true", help="print the commands of the suite, and train nothing")
+    add("--quiet", action="store_true", help="no progress bar")
+    default = Case("")
+    for known in fields(Case):
+        value, flag = getattr(default, known.name), "--" + known.name.replace("_", "-")
+        if known.name == "data":
+            continue
+        if isinstance(value, dict):
+            add(flag, action="append", default=[], metavar="NAME=VALUE", help="repeatable")
+        elif isinstance(value, bool):
+            add(flag, action="store_true")
+        else:
+            kind = int if known.name == "blocks" else type(value)
+            add(flag, type=kind, default=value, help=f"({value})")
+    return parser
+
+
+def _main(o: argparse.Namespace) -> int:
+    if o.draw is not None:
+        if o.json is None:
+            raise ArgumentError("--draw: needs the records; give --json PATH")
+        for path in draw(read(o.json), o.draw):
+            print(path)
+        return 0
+    if o.data is None:
+        raise ArgumentError("--data: give a .npz file or the folder of a set that fastlocal.data.load knows")
+    images = load(o.data)
+    if o.suite is None:
+        cases = [_case(o, images.name)]
+    else:
+        cases = suite(o.suite, images.name)
+    if o.list:
+        print("\n".join(case.command(o.data) for case in cases))
+        return 0
+    there = [] if o.json is None else [record["case"] for record in read(o.json)]
+    for case in cases:
+        if o.suite is not None and asdict(case) in there:
+            continue
+        torch.set_num_threads(case.threads)
+        record = run(images, case, progress=not o.quiet)
+        if o.json is not None:
+            append(o.json, record)
+        heads = " ".join("-" if a is None else f"{a:.1%}" for a in record["accuracies"])
+        print(
+            f"{record['accuracy']:.2%}  {case.command(o.data)}\n  blocks {heads}; {record['seconds']:.0f} s", flush=True
+        )
+    return 0
+
+
+def _case(o: argparse.Namespace, data: str) -> Case:
+    given = {known.name: getattr(o, known.name) for known in fields(Case)} | {"data": data}
+    for name in ("model_option", "option"):
+        given[name] = dict(_pair(name, text) for text in given[name])
+    for name in ("epochs", "batch_size", "threads", "train", "test"):
+        if given[name] < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')}: got {given[name]}; give at least 1")
+    for name in ("lr", "weight_decay", "warmup"):
+        if not (math.isfinite(given[name]) and given[name] >= 0):
+            raise ArgumentError(f"--{name.replace('_', '-')}: got {given[name]}; give a number from 0")
+    if given["optimizer"] not in ("sgd", "adam"):
+        raise ArgumentError(f"--optimizer: got {given['optimizer']!r}; valid are 'sgd', 'adam'")
+    return Case(**given)
+
+
+def _pair(name: str, text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key.isidentifier() or not equals:
+        raise ArgumentError(f"--{name.replace('_', '-')}: got {text!r}; write NAME=VALUE, such as depth=3")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
