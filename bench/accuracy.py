@@ -269,7 +269,8 @@ def suite(name: str, data: str) -> list[Case]:
     Raises:
         ArgumentError: no such suite.
     """
-    augmented = {"crop": 4, "flip": True} if data == "cifar10" else {}
+    augmented: dict[str, Any] = {"crop": 4, "flip": True} if data == "cifar10" else {}
+    wanted: list[tuple[str, str, int | None]]
     if name == "methods":
         wanted = [(model, method, None) for model in NETS for method in ("bp", "predsim", "auglocal", "infopro")]
     elif name == "blocks":
