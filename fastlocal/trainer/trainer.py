@@ -179,7 +179,7 @@ class Trainer:
         self._scheduler: schedule_module.Schedule | None = None
         self._total: Tensor | None = None  # sum of this epoch's losses, each times its rows
         self._rows = 0
-        self._recalibrated = self._opened = False
+        self._recalibrated = self._opened = self._own = False
         self._resumed: dict[str, Any] | None = None
         self._store: CheckpointStore | None = None
         self._logs = Loggers()
@@ -277,22 +277,17 @@ class Trainer:
         stream = islice(source.epoch(self.epoch, self.batch), None if limit is None else max(0, limit - self.batch))
         batch = next(stream, None)
         while batch is not None:
-            # the group of micro-batches ends with the epoch, so its last batch must be known
+            # a group of micro-batches ends with its epoch, so the epoch's last batch must be known
             following = next(stream, None) if self.accumulate > 1 else None
             place = self.batch % self.accumulate
             last = place == self.accumulate - 1 or (self.accumulate > 1 and following is None)
             if place == 0:
                 self._places.append((self.engine.steps, self.epoch, self.batch))
-            rows = self._train_batch(batch, last, bar, source)
-            seen += rows
-            if self.accumulate == 1:
-                signals.check()
-                following = None if self._stopping() else next(stream, None)
-            else:
-                signals.check()
-                if self._stopping():
-                    following = None
-            batch = following
+            seen += self._train_batch(batch, last, bar, source)
+            signals.check()
+            if self._stopping():
+                break
+            batch = next(stream, None) if self.accumulate == 1 else following
             if self.save_every and self.seen % self.save_every == 0 and batch is not None:
                 self._save()
         if self.batch == 0:
@@ -456,6 +451,7 @@ class Trainer:
 
         Args:
             path: the run's folder, or one of its checkpoints (``.../step-00000100``); by default this trainer's ``folder``.
+                With another ``folder`` of its own, `fit` branches off and begins new logs there.
             best: the one with the best metric. To use it; to go on from it, copy it to a new folder first.
 
         Raises:
@@ -471,6 +467,8 @@ class Trainer:
             step, where = int(where.name[5:]), where.parent
         if where.name != "checkpoints":
             where /= "checkpoints"
+        if str(self.folder) == "auto":  # the run goes on where it was
+            self.folder, self._store = where.parent, None
         store = CheckpointStore(where, better=self._better())
         if best:
             ranked = [s for s in store.list() if s.metric is not None and not math.isnan(s.metric)]
@@ -482,6 +480,7 @@ class Trainer:
             step = max(ranked, key=lambda s: (sign * (s.metric or 0.0), s.step)).step
         loaded = store.load(self.model, self.engine, step)
         self._load(loaded.extra)
+        self._own = self.folder is not None and where.resolve() == (self.folder / "checkpoints").resolve()
         return loaded
 
     def _state(self) -> dict[str, Any]:
@@ -539,6 +538,8 @@ class Trainer:
 
     def _open(self, source: Source, test: Source | None, epochs: int, limit: int | None, resume: bool) -> None:
         """Resumes if asked, compares the run with the resumed one, opens the logs."""
+        if resume and (self.folder is None or str(self.folder) == "auto") and self._resumed is None:
+            raise ArgumentError("resume: there is no folder to resume from; make the Trainer with folder= of the run")
         if self.folder is not None and str(self.folder) == "auto":
             self.folder = _new_folder(self.model.method.name)
             self._store = None
@@ -574,7 +575,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.folder, self._config)
         self._logs = Loggers(self._loggers(self._resumed is not None or self._opened, resume))
-        if self._resumed is not None:
+        if self._resumed is not None and self._own:  # a run that branches off into another folder begins its own logs
             self._logs.rewind(self._resumed["logs"])
         self._opened = True
 

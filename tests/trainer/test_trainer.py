@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -569,3 +570,25 @@ def test_more_epochs_of_a_run_without_a_schedule(tmp_path: Path) -> None:
     whole = make()
     whole.fit(source(), epochs=2)
     assert_same(dict(whole.model.state_dict()), dict(longer.model.state_dict()))
+
+
+def test_resume_needs_a_folder() -> None:
+    for folder in (None, "auto"):
+        with pytest.raises(ArgumentError, match="resume: there is no folder"):
+            make(folder).fit(source(), epochs=1, resume=True)  # type: ignore[arg-type]
+
+
+def test_a_run_goes_on_where_it_was_or_branches_off(tmp_path: Path) -> None:
+    first = make(tmp_path / "one")
+    first.fit(source(), epochs=1)
+    same = make("auto")  # type: ignore[arg-type]
+    same.resume(tmp_path / "one")
+    same.fit(source(), epochs=2)
+    assert same.folder == tmp_path / "one" and len(rows_of(tmp_path / "one/metrics.csv")) == 2
+    branch = make(tmp_path / "two")
+    branch.resume(tmp_path / "one/checkpoints/step-00000005")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        branch.fit(source(), epochs=2)
+    assert [row["epoch"] for row in rows_of(tmp_path / "two/metrics.csv")] == ["1"]
+    assert_same(dict(same.model.state_dict()), dict(branch.model.state_dict()))
