@@ -6,6 +6,7 @@ goes. Bytes, FLOPs and launches are counted; the time is a roofline over them fo
 
 from __future__ import annotations
 
+import bisect
 import copy
 import gc
 import math
@@ -53,9 +54,12 @@ __all__ = ["Device", "DEVICES", "BlockPlan", "Plan", "plan"]
 # --------------------------------------------------------------------------------------------------------------- devices
 
 
+Curve = tuple[tuple[float, float], ...]  # (size, rate), sizes ascending
+
+
 @dataclass(frozen=True)
 class Device:
-    """The roof of a roofline.
+    """The roof of a roofline, or what was measured.
 
     Attributes:
         name: shown in plans.
@@ -64,6 +68,9 @@ class Device:
         launch: seconds an operator takes at least. Not on any data sheet: an assumption for PyTorch's eager mode.
         memory: bytes it has, None for a host.
         tf32: FLOP/s of float32 products in TF32, used where PyTorch's flags allow it (by default for convolutions).
+        rates: what operators achieve, by name and dtype: FLOP/s over the narrowest dimension of their matrices, or bytes per
+            second over the bytes they move. Where there are some, they stand instead of ``flops`` and ``bandwidth``.
+        waits: an operator is done before the next begins, so ``launch`` comes on top of every one's time.
     """
 
     name: str
@@ -72,6 +79,15 @@ class Device:
     launch: float
     memory: int | None = None
     tf32: float | None = None
+    rates: dict[tuple[str, torch.dtype], Curve] = field(default_factory=dict, repr=False)
+    waits: bool = False
+
+    @staticmethod
+    def measure(kind: str | None = None) -> Device:
+        """The machine at hand ("cpu" or "cuda"), measured for some seconds, once per process and number of threads."""
+        from fastlocal.engine.calibrate import measure_device  # which stands on this module
+
+        return measure_device(kind, torch.get_num_threads())
 
 
 def _tensor_cores(half: float, single: float, double: float) -> dict[torch.dtype, float]:
@@ -226,8 +242,10 @@ class Plan:
             ]
         )
 
-    def draw(self, path: str | Path) -> None:
-        """Bars per block: peak bytes by what they are, and time. The format is the suffix of ``path``.
+    def draw(self, path: str | Path, bp: Plan | None = None) -> None:
+        """Bars per block: bytes at its peak by what they are, and time below. The format is the suffix of ``path``.
+
+        ``bp``, the plan of the same network under back-propagation, adds a line at its peak.
 
         Raises BackendError without matplotlib.
         """
@@ -236,19 +254,37 @@ class Plan:
         except ImportError as error:
             raise BackendError("matplotlib is not installed; pip install 'fastlocal[demo]'") from error
         at = range(len(self.blocks))
-        fig = Figure(figsize=(max(6.0, min(16.0, 3 + 0.25 * len(self.blocks))), 6), layout="constrained")
-        fig.suptitle(f"{self.method}, {self.rows} rows, {self.precision}", fontsize=12)
+        whole = self.resident_bytes / 2**20
+        fig = Figure(figsize=(max(9.0, min(16.0, 4 + 0.3 * len(self.blocks))), 7), layout="constrained")
+        fig.suptitle(
+            f"{self.method.partition('(')[0]}, {len(self.blocks)} blocks, {self.rows} rows, {self.precision}: "
+            f"peak {_mib(self.peak_bytes)} MiB, {self.seconds * 1e3:.1f} ms a step", fontsize=12,
+        )  # fmt: skip
         memory, time = fig.subplots(2, 1, sharex=True)
-        low = [0.0] * len(self.blocks)
-        for key, color in (("saved", "#0072B2"), ("gradient", "#D55E00"), ("workspace", "#E69F00")):
+        low = [whole] * len(self.blocks)
+        memory.bar(at, low, color="#BBBBBB", label="parameters, optimizer, batch")
+        for key, color, label in (
+            ("saved", "#0072B2", "saved for backward"), ("gradient", "#D55E00", "gradients"), ("workspace", "#E69F00", "workspace"),
+        ):  # fmt: skip
             sizes = [getattr(b, f"{key}_bytes") / 2**20 for b in self.blocks]
-            memory.bar(at, sizes, bottom=low, color=color, label=key)
+            memory.bar(at, sizes, bottom=low, color=color, label=label)
             low = [a + b for a, b in zip(low, sizes)]
-        memory.set_ylabel(f"MiB above {_mib(self.resident_bytes)} resident")
-        memory.legend(frameon=False, fontsize=9)
+        memory.axhline(self.peak_bytes / 2**20, color="black", linewidth=0.8, label="peak of the step")
+        if bp is not None:
+            memory.axhline(bp.peak_bytes / 2**20, color="black", linestyle="--", linewidth=0.8, label="peak under BP")
+        memory.set_ylabel("MiB at the block's peak")
+        memory.set_ylim(0, 1.05 * max(self.peak_bytes, bp.peak_bytes if bp else 0) / 2**20)
+        memory.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
         time.bar(at, [b.seconds * 1e3 for b in self.blocks], color="#009E73")
-        time.set_ylabel(f"ms, roofline of {self.device.name}")
-        time.set_xlabel("block")
+        time.set_ylabel(f"ms on {self.device.name}")
+        time.set_xlabel("block, by its last unit")
+        step = math.ceil(len(at) / 40)
+        time.set_xticks(
+            at[::step],
+            [f"{b.index}\n{b.name}" if len(at) <= 10 else f"{b.index} {b.name}" for b in self.blocks][::step],
+        )
+        if len(at) > 10:
+            time.tick_params(axis="x", rotation=90, labelsize=8)
         for axes in (memory, time):
             axes.spines[["top", "right"]].set_visible(False)
         fig.savefig(path)
@@ -290,7 +326,8 @@ def plan(
         model: a `LocalModel`, a network, or a function without arguments that makes either (called where tensors have no
             contents, so a network of any size takes no memory).
         sample: a batch as ``engine.step`` takes it, ``(x, y)`` or a mapping, or the input alone, for which targets are made.
-        device: name in `fastlocal.engine.plan.DEVICES`, or a `Device` with figures of your own. It decides the time only.
+        device: name in `fastlocal.engine.plan.DEVICES`, "here" for `Device.measure()`, or a `Device` with figures of your own.
+            It decides the time only.
         rows: batch size, where it is not that of the sample.
         method, blocks, options: for a network, as in `fastlocal.localize`; default "bp". ``"auto"`` takes the fewest blocks
             whose planned peak is within ``budget``; of up to 128 counts none that fits is missed.
@@ -509,9 +546,12 @@ def _counts(units: int) -> list[int]:
 def _device(device: str | Device) -> Device:
     if isinstance(device, Device):
         return device
+    if device == "here":
+        return Device.measure()
     if device not in DEVICES:
         raise ArgumentError(
-            f"device: {device!r} is not in the table. {did_you_mean(str(device), DEVICES)} A Device with figures of your own will do too"
+            f"device: {device!r} is not in the table. {did_you_mean(str(device), [*DEVICES, 'here'])} A Device "
+            "with figures of your own will do too"
         )
     return DEVICES[device]
 
@@ -644,19 +684,26 @@ class _Roofline(LaunchCounter):
         launches = _launches(func, args, kwargs)
         if not launches or self.block is None:
             return
-        inputs, outputs = _tensors(args, kwargs), _tensors(out)
-        formula: Any = flop_registry.get(func.overloadpacket) or _FLOPS.get(func.overloadpacket)
-        flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
-        # an expanded tensor is no larger than what it is expanded from
-        moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
+        flops, moved, size, dtype = work_of(func, args, kwargs, out)
         block = self.block
         block.flops += flops
         block.bytes_moved += moved
         block.launches += launches
-        seconds = max(moved / self.roof.bandwidth, launches * self.roof.launch)
-        if flops:
-            seconds = max(seconds, flops / self._peak(func, next(t.dtype for t in inputs if t.is_floating_point())))
-        block.seconds += seconds
+        block.seconds += self._seconds(func, flops, moved, launches, size, dtype)
+
+    def _seconds(
+        self, func: Any, flops: int, moved: int, launches: int, size: float, dtype: torch.dtype | None
+    ) -> float:
+        roof, host = self.roof, launches * self.roof.launch
+        name = func._schema.name
+        curve = None if dtype is None else roof.rates.get((name, dtype)) or roof.rates.get((name, torch.float32))
+        if curve:
+            work = (flops or moved) / _rate(curve, size)
+        else:
+            work = moved / roof.bandwidth
+            if flops and dtype is not None:
+                work = max(work, flops / self._peak(func, dtype))
+        return host + work if roof.waits else max(host, work)
 
     def _peak(self, func: Any, dtype: torch.dtype) -> float:
         if dtype is torch.float32 and self.roof.tf32 is not None:
@@ -665,6 +712,38 @@ class _Roofline(LaunchCounter):
             if flags[0 if convolution else 1]:
                 return self.roof.tf32
         return self.roof.flops.get(dtype, self.roof.flops[torch.float32])
+
+
+def work_of(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> tuple[int, int, float, torch.dtype | None]:
+    """FLOPs, bytes moved, the size that decides what an operator achieves, and its dtype."""
+    inputs, outputs = _tensors(args, kwargs), _tensors(out)
+    formula: Any = flop_registry.get(func.overloadpacket) or _FLOPS.get(func.overloadpacket)
+    flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+    # an expanded tensor is no larger than what it is expanded from
+    moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
+    dtype = next((t.dtype for t in (*inputs, *outputs) if t.is_floating_point()), None)
+    size = float(moved)
+    if flops:
+        if func.overloadpacket in _CONVOLUTIONS:
+            weight = args[2 if "backward" in func._schema.name else 1]
+            size = min(weight.shape[:2])
+        elif "attention" in func._schema.name:
+            size = inputs[0].shape[-1]
+        else:
+            size = min(n for t in inputs if t.dim() > 1 for n in t.shape[-2:])
+    return flops, moved, size, dtype
+
+
+def _rate(curve: Curve, size: float) -> float:
+    """Between two measured sizes by logarithms; beyond the last ones, theirs."""
+    i = bisect.bisect(curve, size, key=lambda point: point[0])
+    if i in (0, len(curve)):
+        return curve[min(i, len(curve) - 1)][1]
+    (a, low), (b, high) = curve[i - 1], curve[i]
+    part = math.log(size / a) / math.log(b / a)
+    return low * (high / low) ** part
 
 
 class _Watched(Engine):

@@ -26,7 +26,7 @@ from fastlocal.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet
 from fastlocal.models.resnet_cifar import ResNetCIFAR, resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
 from fastlocal.models.vgg import VGG, vgg13, vgg19
 from fastlocal.models.vgg_local import VGGLocal, vgg8b, vgg11b
-from fastlocal.models.vit import ViT, vit_base, vit_small, vit_tiny
+from fastlocal.models.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     constructor.__name__: constructor
@@ -50,11 +50,20 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         vit_tiny,
         vit_small,
         vit_base,
+        vit_large,
+        vit_huge,
         mlp,
         gpt,
     )
 }
-_ALIASES = {"vit_t": "vit_tiny", "vit_s": "vit_small", "vit_b": "vit_base"}
+_ALIASES = {
+    "vit_t": "vit_tiny",
+    "vit_ti": "vit_tiny",
+    "vit_s": "vit_small",
+    "vit_b": "vit_base",
+    "vit_l": "vit_large",
+    "vit_h": "vit_huge",
+}
 
 __all__ = [
     "GPT",
@@ -73,7 +82,7 @@ __all__ = [
 
 
 def list_models() -> list[str]:
-    """The names that ``create`` takes (it also takes the aliases vit_t, vit_s and vit_b)."""
+    """The names that ``create`` takes (it also takes the aliases vit_ti, vit_s, vit_b, vit_l, vit_h and vit_t)."""
     return list(_MODELS)
 
 

@@ -197,3 +197,11 @@ def vit_small(*, dim: int = 384, heads: int = 6, **options: Any) -> ViT:
 
 def vit_base(*, dim: int = 768, heads: int = 12, **options: Any) -> ViT:
     return ViT(dim=dim, heads=heads, **options)
+
+
+def vit_large(*, dim: int = 1024, depth: int = 24, heads: int = 16, **options: Any) -> ViT:
+    return ViT(dim=dim, depth=depth, heads=heads, **options)
+
+
+def vit_huge(*, patch_size: int = 14, dim: int = 1280, depth: int = 32, heads: int = 16, **options: Any) -> ViT:
+    return ViT(patch_size=patch_size, dim=dim, depth=depth, heads=heads, **options)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlocal as fl
 from fastlocal import cli, models
 from fastlocal.blocks.measure import LaunchCounter, StorageTracker
-from fastlocal.engine.plan import DEVICES, Device
+from fastlocal.engine import calibrate
+from fastlocal.engine.plan import DEVICES, Device, _rate
 from fastlocal.errors import ArgumentError
 
 OPTIMIZERS = {
@@ -23,7 +26,7 @@ OPTIMIZERS = {
 
 
 def _resnet():
-    return models.create("resnet110")
+    return models.create("resnet44")  # the full models are in bench/results/plan.json
 
 
 def _vit():
@@ -53,6 +56,7 @@ CASES = [
     *((_vgg, _images, m) for m in (BP, ("dgl", 4, {}), ("predsim", 4, {}))),
     (_vgg, _images, ("infopro", 3, {"loss": "cross_entropy", "lam": (1.0, 1.0)})),
     *((_gpt, _tokens, m) for m in (BP, ("dgl", 3, {}), ("auglocal", 4, {"depth": 2}))),
+    (_gpt, _tokens, ("auglocal", 3, {"depth": 1, "form": "imagenet"})),
 ]
 
 
@@ -171,6 +175,46 @@ def test_a_budget_chooses_the_blocks() -> None:
     assert 1 < len(auto.blocks) <= 3 and auto.fits(three.peak_bytes)
     with pytest.raises(ArgumentError, match="budget"):
         planned(blocks="auto", budget="100KB")
+
+
+@pytest.mark.parametrize("method", ["infopro", "predsim"])
+def test_image_methods_say_that_they_do_not_fit_a_gpt(method) -> None:
+    with pytest.raises(ArgumentError, match=f"'{method}'"):
+        fl.plan(_gpt, _tokens(), method=method, blocks=3)
+
+
+def test_rates_that_were_measured_stand_instead_of_the_roof() -> None:
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), torch.randn(8, 64)
+    free = Device("free", {torch.float32: 1e30}, 1e30, 0.0)
+    rates = {(f"aten::{name}", torch.float32): ((1.0, 1.0), (1e9, 1.0)) for name in ("addmm", "mm")}
+    plan = fl.plan(net, x, device=dataclasses.replace(free, rates=rates))
+    assert plan.seconds == pytest.approx(plan.flops)
+    waiting = fl.plan(net, x, device=dataclasses.replace(free, rates=rates, waits=True, launch=1e6))
+    assert waiting.seconds == pytest.approx(plan.flops + 1e6 * plan.launches)
+    assert _rate(((1.0, 1.0), (100.0, 9.0)), 10.0) == pytest.approx(3.0)  # half way by logarithms
+    assert _rate(((1.0, 1.0), (100.0, 9.0)), 1e4) == 9.0 and _rate(((2.0, 4.0),), 1.0) == 4.0
+
+
+def test_the_machine_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr(calibrate, "ROUNDS", 2)
+    monkeypatch.setattr(
+        calibrate, "_networks", lambda device: [(lambda: calibrate._Stack(16), torch.randn(4, 3, 8, 8))]
+    )
+    found = calibrate.measure_device.__wrapped__("cpu")
+    assert found.waits and found.launch > 0 and found.bandwidth > 0
+    assert found.rates["aten::convolution_backward", torch.float32][0][1] > 0
+    assert ("aten::native_batch_norm", torch.float32) in found.rates
+    with pytest.raises(ArgumentError, match="cannot measure"):
+        calibrate.measure_device.__wrapped__("tpu")
+
+
+def test_an_optimizer_runs_on_no_real_memory(monkeypatch) -> None:
+    def refuse(mode, func, *args, **kwargs):
+        raise AssertionError(f"{func} would run on real tensors")
+
+    monkeypatch.setattr(fake_tensor, "run_fallback_kernel", refuse)
+    for optimizer in ("sgd", "momentum", "adam"):
+        fl.plan(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(4, 8), optimizer=optimizer)
 
 
 def test_text_and_chart(tmp_path) -> None:

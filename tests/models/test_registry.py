@@ -28,6 +28,8 @@ NAMES = [
     "vit_tiny",
     "vit_small",
     "vit_base",
+    "vit_large",
+    "vit_huge",
     "mlp",
     "gpt",
 ]
@@ -43,7 +45,10 @@ def test_create_passes_options_on():
     assert net.fc.out_features == 7 and net.conv1.in_channels == 1 and net.conv1.out_channels == 4
 
 
-@pytest.mark.parametrize(("alias", "dim"), [("vit_t", 192), ("vit_s", 384), ("vit_b", 768)])
+@pytest.mark.parametrize(
+    ("alias", "dim"),
+    [("vit_t", 192), ("vit_ti", 192), ("vit_s", 384), ("vit_b", 768), ("vit_l", 1024), ("vit_h", 1280)],
+)
 def test_aliases(alias, dim):
     assert models.create(alias, depth=1).dim == dim
 
@@ -52,7 +57,20 @@ def test_aliases(alias, dim):
 def test_options_are_what_the_constructor_takes(name):
     accepted = models.options(name)
     assert ("vocab_size" if name == "gpt" else "num_classes") in accepted
-    if name not in ("resnet1202", "resnet152", "vgg13", "vgg19", "vit_base", "gpt", "resnet101", "vgg11b", "vgg8b"):
+    large = (
+        "resnet1202",
+        "resnet152",
+        "vgg13",
+        "vgg19",
+        "vit_base",
+        "vit_large",
+        "vit_huge",
+        "gpt",
+        "resnet101",
+        "vgg11b",
+        "vgg8b",
+    )
+    if name not in large:
         assert models.create(name, **accepted).num_classes == accepted["num_classes"]
 
 

@@ -27,15 +27,22 @@ THEIR_NAMES = {
 }
 
 
-# The counts of timm's vit_{tiny,small,base}_patch16_224.
+# The counts of timm's vit_{tiny,small,base,large}_patch16_224 and vit_huge_patch14_224.
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("vit_tiny", 5_717_416), ("vit_small", 22_050_664), ("vit_base", 86_567_656)]
+    ("name", "parameters", "units"),
+    [
+        ("vit_tiny", 5_717_416, 13),
+        ("vit_small", 22_050_664, 13),
+        ("vit_base", 86_567_656, 13),
+        ("vit_large", 304_326_632, 25),
+        ("vit_huge", 632_045_800, 33),
+    ],
 )
-def test_parameter_counts(name, parameters, count):
+def test_parameter_counts(name, parameters, units, count):
     with torch.device("meta"):
         net = models.create(name)
         logits = net(torch.empty(2, 3, 224, 224))
-    assert count(net) == parameters and len(net.units()) == len(net.widths) == 13
+    assert count(net) == parameters and len(net.units()) == len(net.widths) == units
     assert logits.shape == (2, 1000)
 
 
