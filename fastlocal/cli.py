@@ -1,4 +1,4 @@
-"""The command line, ``fastlocal``: train, plan, bench, info, methods, models. Every command is a few calls of the library."""
+"""The command line, ``fastlocal``: train, plan, bench, info, methods, models, recipes. Every command is a few calls of the library."""
 
 from __future__ import annotations
 
@@ -6,24 +6,32 @@ import argparse
 import ast
 import dataclasses
 import importlib
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fastlocal._version import __version__
 from fastlocal.errors import ArgumentError, FastLocalError, did_you_mean
+
+if TYPE_CHECKING:
+    from fastlocal.trainer.settings import Settings
 
 BENCHES = {
     "demo": "ResNet-20 on digits under BP, DGL and AugLocal: one table and one picture",
     "ledger": "launches, block passes, MACs and saved bytes of a step of every method",
     "step_time": "milliseconds of a step: plain loop or official code against the engine, in turns",
 }
-OPTIMIZERS = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 0.05)}  # default learning rate and weight decay
+GROUPS = {
+    "data": "data",
+    "model": "network and method",
+    "epochs": "optimization",
+    "precision": "machine",
+    "seed": "run",
+}
+MAY_CHANGE = ("root", "epochs", "save_every", "keep_last", "keep_best", "tensorboard", "wandb")  # in a resumed run
 
 _Raw = argparse.RawDescriptionHelpFormatter
 
@@ -32,6 +40,8 @@ EXAMPLES = """examples:
   fastlocal train --model resnet32 --data digits --method auglocal --blocks 16 --epochs 2
   fastlocal train --model resnet20 --data cifar.npz --method infopro --blocks 4 --crop 4 --flip --epochs 50
   fastlocal train --model vit_tiny --model-option patch_size=2 --method dgl --optimizer adamw
+  fastlocal train --recipe auglocal-cifar10-r32 --root ~/cifar --epochs 100
+  fastlocal train --resume runs/resnet20-digits-auglocal
 """
 
 
@@ -62,57 +72,96 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(run=_info)
     commands.add_parser("methods", help="list the methods with their options").set_defaults(run=_methods)
+    recipes = commands.add_parser("recipes", help="list the papers' settings, or show those of one")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="show this one as flags")
+    recipes.set_defaults(run=_recipes)
     commands.add_parser("models", help="list the models with their options").set_defaults(run=_models)
     return parser
 
 
 def _train_parser(commands: Any) -> None:
+    from fastlocal.trainer.settings import Settings
+
     train = commands.add_parser(
         "train",
         help="train a model on images",
-        description="Trains a model of fastlocal.models on images in memory; without options resnet20, digits, auglocal.",
+        description="Trains a model of fastlocal.models on images; without options resnet20, digits, auglocal. Flags win over "
+        "--config, which wins over --recipe. Defaults stand in brackets.",
         epilog=EXAMPLES,
         formatter_class=_Raw,
     )
-    add = train.add_argument
-    add("--model", default="resnet20", help="see `fastlocal models` (resnet20)")
-    add(
-        "--model-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the model; may be repeated",
+    group = train.add_argument_group("begin with")
+    group.add_argument("--recipe", metavar="NAME", help="a paper's settings; see `fastlocal recipes`")
+    group.add_argument("--config", type=Path, metavar="FILE", help="JSON of these flags, such as a run's command.json")
+    group.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a run, to the same bytes")
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="for what it writes (a new one in runs/)")
+    group.add_argument(
+        "--fast-dev-run", nargs="?", type=int, const=2, default=0, metavar="N", help="N batches (2), no file"
     )
-    add("--data", default="digits", metavar="digits|PATH.npz", help="digits, or uint8 x_train, y_train, x_test, y_test")
-    add("--method", default="auglocal", help="see `fastlocal methods` (auglocal)")
-    add("--mode", default="paper", help="paper or official (paper)")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method; may be repeated")
-    add("--blocks", metavar="N|NAMES|auto", help="how many, or names to cut after (a,b), or auto (every unit; bp: 1)")
-    add("--memory-budget", metavar="4GiB", help="for --blocks auto, of one batch")
-    add("--epochs", type=int, default=10, help="(10)")
-    add("--batch-size", type=int, default=64, help="(64)")
-    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd (Nesterov momentum 0.9) or adamw (sgd)")
-    add("--lr", type=float, help="top of the cosine (sgd 0.1, adamw 0.001)")
-    add("--weight-decay", type=float, help="(sgd 0.0005, adamw 0.05)")
-    add("--warmup", type=float, default=0.05, help="fraction of the steps in which the learning rate rises (0.05)")
-    add("--crop", type=int, default=0, metavar="PIXELS", help="random crops with this reflected border (0: off)")
-    add("--flip", action="store_true", help="random mirroring")
-    add("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed (32-true)")
-    add(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        help="memory format (on where the network has 2-d convolutions)",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, ... (auto: cuda if there is one)")
-    add("--threads", type=int, help="CPU threads of PyTorch (its own default)")
-    add("--seed", type=int, default=0, help="of weights, order, crops and flips (0)")
-    add(
-        "--out",
-        type=Path,
-        help="folder for config.json, log.csv, checkpoint.safetensors, curves.png (a new one in runs/)",
-    )
-    add("--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    for one in dataclasses.fields(Settings):
+        if one.name in GROUPS:
+            group = train.add_argument_group(GROUPS[one.name])
+        _add_setting(group, one)
     train.set_defaults(run=_train)
+
+
+def _add_setting(group: Any, one: dataclasses.Field[Any]) -> None:
+    """One flag. What is not given does not appear in the namespace."""
+    flag, kind = f"--{one.name.replace('_', '-')}", one.metadata["kind"].removesuffix("?")
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": one.metadata["help"]}
+    if kind == "bool":
+        if one.default is True:
+            options["help"] += " (on)"
+        if one.name == "decay_all":
+            group.add_argument(flag, action="store_true", **options)
+            off = options | {"help": "no weight decay for biases, norms and tokens"}
+            group.add_argument("--no-decay", action="store_false", dest=one.name, **off)
+        else:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        return
+    if one.default not in (None, "", (), dataclasses.MISSING):
+        options["help"] = f"{options['help']} ({one.default})".strip()
+    if kind == "choice":
+        options["choices"] = one.metadata["choices"]
+        if len(one.metadata["choices"]) > 4:
+            options |= {"metavar": "NAME", "help": f"{', '.join(one.metadata['choices'])} ({one.default})"}
+    else:
+        metavar = {"number": "X", "int": "N", "text": "NAME"}.get(kind)
+        options["metavar"] = one.metadata["metavar"] or metavar
+        options["type"] = _PARSERS.get(kind, str)
+    if kind == "pairs":
+        options |= {"action": "append", "type": str}
+    group.add_argument(flag, **options)
+
+
+def _amount(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[int | str, ...]:
+    return tuple(int(part) if part.lstrip("-").isdigit() else part for part in text.split(","))
+
+
+def _cuts(text: str) -> int | str | list[str]:
+    """``--blocks``: 4, auto, or a,b."""
+    if text == "auto":
+        return text
+    return int(text) if text.lstrip("-").isdigit() else text.split(",")
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "number": float,
+    "amount": _amount,
+    "numbers": _floats,
+    "names": _names,
+    "blocks": _cuts,
+}
 
 
 def _plan_parser(commands: Any) -> None:
@@ -148,159 +197,88 @@ def _plan_parser(commands: Any) -> None:
 
 
 def _train(o: argparse.Namespace) -> int:
-    from fastlocal import trainer
-    from fastlocal.data import Batches, load
-    from fastlocal.engine.engine import Engine
-    from fastlocal.engine.localize import localize
+    from fastlocal.trainer import LambdaCallback, checkpoint
+    from fastlocal.trainer.settings import build
 
-    _check(o)
-    if o.threads is not None:
-        torch.set_num_threads(o.threads)
-    torch.manual_seed(o.seed)
-    device = _device(o.device)
-    images = load(o.data).to(device)
-    train = Batches(images, batch_size=o.batch_size, seed=o.seed, crop=o.crop, flip=o.flip)
-    test = Batches(images, train=False, batch_size=max(256, o.batch_size))
-    x = next(train.epoch(0))[0][:2]
-    net = _network(o, images.shape, images.num_classes).to(device)
-    _try(net, x, o)
-    model = localize(
-        net,
-        o.method,
-        blocks=_blocks(o, net),
-        sample=x,
-        mode=o.mode,
-        num_classes=images.num_classes,
-        memory_budget=o.memory_budget,
-        budget_batch=o.batch_size if o.memory_budget else None,
-        **_method_options(o, images),
-    )
-    lr, decay = OPTIMIZERS[o.optimizer]
-    lr = lr if o.lr is None else o.lr
-    decay = decay if o.weight_decay is None else o.weight_decay
-    convolutions = any(isinstance(module, nn.Conv2d) for module in net.modules())
-    channels_last = convolutions if o.channels_last is None else o.channels_last
-
-    def optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        if o.optimizer == "sgd":
-            return torch.optim.SGD(named, lr, momentum=0.9, nesterov=True, weight_decay=decay)
-        return torch.optim.AdamW(named, lr, weight_decay=decay)
-
-    engine = Engine(
-        model,
-        optimizer,
-        precision=o.precision,
-        seed=o.seed,
-        memory_format="channels_last" if channels_last else "preserve",
-    )
-    steps = o.epochs * len(train)
-    scheduler = trainer.cosine(engine.optimizer, steps, int(o.warmup * steps))
-
-    out = _folder(o)
-    config = {key: value for key, value in vars(o).items() if key not in ("run", "command")}
-    config |= {"out": str(out), "lr": lr, "weight_decay": decay, "channels_last": channels_last, "device": str(device)}
-    config |= {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "fastlocal": __version__}
-    config["resolved"] = trainer.describe(model)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"{images!r} on {device}")
-    print(f"{o.method} on {o.model}: {len(model.blocks)} blocks; {model.summary().splitlines()[-1]}", flush=True)
-
-    history = trainer.fit(
-        engine,
-        train,
-        test,
-        epochs=o.epochs,
-        scheduler=scheduler,
-        log=out / "log.csv",
-        label=o.method,
+    settings = _settings(o)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    folder = None if o.fast_dev_run else _folder(o, settings)
+    begin = LambdaCallback(on_fit_start=lambda _: settings.write(folder / "command.json") if folder else None)
+    run = build(
+        settings,
+        folder=folder,
+        callbacks=[begin],
         progress=not o.quiet,
+        fast_dev_run=o.fast_dev_run,
+        going_on=o.resume is not None and (o.resume / "checkpoints").is_dir(),
     )
-    trainer.save(out / "checkpoint.safetensors", model, config)
-    written = ["config.json", "log.csv", "checkpoint.safetensors", *_curves(out, history, o)]
-    speed = f"{history.steps_per_second:.1f} steps/s"
-    epochs = len(history.epochs)
-    print(f"test accuracy {history.test_accuracy:.2%} after {epochs} epoch{'s' * (epochs > 1)}, {speed}")
-    print(f"written to {out}: {', '.join(written)}")
+    model, trainer = run.trainer.model, run.trainer
+    if folder is not None:
+        _make(folder)
+    print(run.about)
+    print(
+        f"{settings.method} on {settings.model}: {len(model.blocks)} blocks; {model.summary().splitlines()[-1]}",
+        flush=True,
+    )
+    try:
+        rows = run.fit(resume=o.resume is not None)
+    except (KeyboardInterrupt, SystemExit):
+        if folder is not None:
+            print(f"go on with: fastlocal train --resume {folder}", file=sys.stderr)
+        raise
+    if folder is None:
+        print(
+            f"{o.fast_dev_run} batches: {', '.join(f'{k} {v:.4g}' for k, v in rows[-1].items() if k.endswith('loss'))}"
+        )
+        return 0
+
+    extra = {"command": dataclasses.asdict(settings), "epoch": trainer.epoch, "step": trainer.engine.steps}
+    written = [
+        name
+        for name in ("config.json", "command.json", "metrics.csv", "steps.csv", "timing.csv")
+        if (folder / name).exists()
+    ]
+    checkpoint.save(folder / "checkpoint.safetensors", model, extra)
+    written += ["checkpoints/", "checkpoint.safetensors"]
+    if trainer.ema is not None:
+        checkpoint.save(folder / "ema.safetensors", trainer.ema.model, extra)
+        written.append("ema.safetensors")
+    written += _curves(folder, rows, settings)
+    epochs = trainer.epoch
+    print(f"test accuracy {rows[-1]['val_accuracy']:.2%} after {epochs} epoch{'s' * (epochs > 1)}")
+    print(f"written to {folder}: {', '.join(written)}")
     return 0
 
 
-def _check(o: argparse.Namespace) -> None:
-    for name in ("epochs", "threads"):
-        value = getattr(o, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name}: got {value}; give at least 1")
-    for name in ("lr", "weight_decay"):
-        value = getattr(o, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ArgumentError(f"--{name.replace('_', '-')}: got {value}; give a number from 0")
-    if not 0 <= o.warmup <= 1:
-        raise ArgumentError(f"--warmup: got {o.warmup}; give a fraction of the steps, 0 to 1")
+def _settings(o: argparse.Namespace) -> Settings:
+    """Defaults, then --recipe, --config and the flags; or those of the resumed run, and what of them may change."""
+    from fastlocal.trainer import recipes
+    from fastlocal.trainer.settings import Settings, read_settings
 
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    given = {one.name: getattr(o, one.name) for one in dataclasses.fields(Settings) if hasattr(o, one.name)}
+    for name in ("model_option", "option", "scheduler_option"):
+        if name in given:
+            given[name] = _pairs(f"--{name.replace('_', '-')}", given[name])
+    if o.resume is None:
+        settings = Settings() if o.recipe is None else recipes.get(o.recipe).settings
+        return settings.with_(**({} if o.config is None else read_settings(o.config))).with_(**given)
+    command = o.resume / "command.json"
+    if not command.is_file():
         raise ArgumentError(
-            f"--device: {name!r} cannot be used ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from error
-    return device
-
-
-def _network(o: argparse.Namespace, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The model, with what the images decide filled in where it takes it; given options win."""
-    from fastlocal import models
-
-    accepted = models.options(o.model)
-    channels, height, width = shape
-    if "num_classes" not in accepted:
-        raise ArgumentError(
-            f"--model: {o.model} does not classify images; see `fastlocal models` for one with num_classes"
+            f"--resume: {o.resume} holds no command.json of `fastlocal train`; name the folder of a run"
         )
-    fitting = {"num_classes": num_classes, "in_channels": channels, "in_features": channels * height * width}
-    if "img_size" in accepted:
-        if height != width:
+    settings = Settings().with_(**read_settings(command))
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != getattr(settings, name):
             raise ArgumentError(
-                f"--model: {o.model} takes square images, these are {height}x{width}; use another model"
+                f"--resume: --{name.replace('_', '-')} was {getattr(settings, name)!r} and stays so; only "
+                f"{', '.join(f'--{n}'.replace('_', '-') for n in MAY_CHANGE)} can be given anew. Begin a new run with --config {command}"
             )
-        fitting["img_size"] = height
-    given = _pairs("--model-option", o.model_option)
-    return models.create(o.model, **{key: value for key, value in fitting.items() if key in accepted} | given)
-
-
-@torch.no_grad()
-def _try(net: nn.Module, x: torch.Tensor, o: argparse.Namespace) -> None:
-    try:
-        net.eval()(x)
-    except (RuntimeError, ValueError) as error:
-        size = "x".join(map(str, x.shape[1:]))
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"--model: {o.model} cannot take {size} images ({reason}); use another one") from error
-    net.train()
-
-
-def _method_options(o: argparse.Namespace, images: Any) -> dict[str, Any]:
-    """Those given; a method that works on the image itself is told how it was normalised."""
-    from fastlocal.methods import get_method
-
-    given = _pairs("--option", o.option)
-    known = {field.name for field in dataclasses.fields(get_method(o.method).Options)}
-    normalised = {"mean": images.mean.tolist(), "std": images.std.tolist()}
-    return {key: value for key, value in normalised.items() if key in known} | given
-
-
-def _blocks(o: argparse.Namespace, net: nn.Module) -> Any:
-    if o.blocks is None:
-        return 1 if o.method == "bp" else len(net.units())  # type: ignore[operator]
-    if o.blocks == "auto":
-        return "auto"
-    try:
-        return int(o.blocks)
-    except ValueError:
-        return o.blocks.split(",")
+    for name in ("recipe", "config", "out"):
+        if getattr(o, name) is not None:
+            raise ArgumentError(f"--resume: goes on with the run in {o.resume}; leave --{name} out")
+    return settings.with_(**given)
 
 
 def _pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -317,30 +295,37 @@ def _pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _folder(o: argparse.Namespace) -> Path:
-    """``--out``, or a new folder in runs/. One that holds a run is never written over."""
+def _folder(o: argparse.Namespace, settings: Settings) -> Path:
+    """``--resume``, ``--out``, or a new folder in runs/. One that holds a run is never written over."""
+    if o.resume is not None:
+        return o.resume
     if o.out is not None:
         if (o.out / "config.json").exists():
-            raise ArgumentError(f"--out: {o.out} holds a run already; name another folder, or remove it")
-        out = o.out
-    else:
-        base = Path("runs") / f"{o.model}-{Path(o.data).stem}-{o.method}"
-        out, number = base, 1
-        while out.exists():
-            number += 1
-            out = base.with_name(f"{base.name}-{number}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(f"--out: cannot make the folder {out} ({error.strerror}); name another") from error
+            raise ArgumentError(
+                f"--out: {o.out} holds a run already; name another folder, or go on with --resume {o.out}"
+            )
+        return o.out
+    base = Path("runs") / f"{settings.model}-{Path(settings.data).stem}-{settings.method}"
+    out, number = base, 1
+    while out.exists():
+        number += 1
+        out = base.with_name(f"{base.name}-{number}")
     return out
 
 
-def _curves(out: Path, history: Any, o: argparse.Namespace) -> list[str]:
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--out: cannot make the folder {folder} ({error.strerror}); name another") from error
+
+
+def _curves(folder: Path, rows: list[dict[str, Any]], settings: Settings) -> list[str]:
     from fastlocal.bench import plots
 
+    title = f"{settings.method} on {settings.model}, {Path(settings.data).stem}"
     try:
-        plots.training(out / "curves.png", history, f"{o.method} on {o.model}, {Path(o.data).stem}")
+        plots.training(folder / "curves.png", rows, title)
     except FastLocalError as error:
         print(f"no curves.png: {error}")
         return []
@@ -363,7 +348,8 @@ def _plan(o: argparse.Namespace) -> int:
         blocks, budget = "auto", o.budget
     else:
         with torch.device("meta"):  # names of units only
-            blocks, budget = _blocks(o, models.create(o.model, **given)), None
+            units = len(models.create(o.model, **given).units())  # type: ignore[operator]
+        blocks, budget = (1 if o.method == "bp" else units) if o.blocks is None else _cuts(o.blocks), None
     found = plan(
         lambda: models.create(o.model, **given),
         _sample_shape(o, accepted),
@@ -443,6 +429,20 @@ def _models(o: argparse.Namespace) -> int:
             net = models.create(name)
         parameters = sum(p.numel() for p in net.parameters())
         print(f"{name:<12}{len(net.units()):>5}{parameters:>13,}  {_defaults(models.options(name))}")  # type: ignore[operator]
+    return 0
+
+
+def _recipes(o: argparse.Namespace) -> int:
+    from fastlocal.trainer import recipes
+
+    if o.name is not None:
+        print(recipes.get(o.name).explain())
+        return 0
+    for paper, found in recipes.by_paper().items():
+        print(paper)
+        for recipe in found:
+            print(f"  {recipe.name:<40}{recipe.claim_text()}")
+    print("Accuracies are the papers' claims, not reproduced here. `fastlocal recipes NAME` shows one.")
     return 0
 
 
