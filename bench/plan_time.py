@@ -82,7 +82,7 @@ HOSTS = [
     "--model resnet152 --method dgl --blocks 8 --batch 256",
     f"{_GPT_10B} --method bp --batch 8",
     f"{_GPT_10B} --model-option tie=False --method dgl --blocks 12 --batch 8 --optimizer adam",
-    f"{_LARGE_GPT} --method bp --batch 1 --precision bf16-mixed --optimizer adam",
+    f"{_LARGE_GPT} --method bp --batch 2 --precision bf16-mixed --optimizer adam",
 ]
 
 
