@@ -464,25 +464,25 @@ def _draw_curves(path: Path, groups: dict[tuple[str, str], dict[str, dict[str, A
 
 
 def _draw_heads(path: Path, groups: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> None:
-    fig, panels = _panels("Test accuracy of each block's head, %; the last is the network's own output", groups)
+    fig, panels = _panels("Test accuracy of each block's head, %; the last point is the network's own output", groups)
     for key, axis in panels:
         longest = max(record["blocks"] for record in groups[key].values())
+        ends = {}
         for method, record in groups[key].items():
             values = [math.nan if a is None else 100 * a for a in record["accuracies"]]
             if method == "bp":
                 axis.axhline(values[-1], color=_COLOR[method], linestyle="--", linewidth=1.4)
-                axis.annotate(
-                    f"BP {values[-1]:.1f}", (0.8, values[-1]), xytext=(0, 3), textcoords="offset points", fontsize=9
-                )
+                where = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": 9}
+                axis.annotate(f"BP {values[-1]:.1f}", (0.8, values[-1]), **where)
                 continue
-            axis.plot(range(1, len(values) + 1), values, "o-", color=_COLOR[method], markersize=3.5, linewidth=1.8)
-        axis.set_xlabel("block", fontsize=10)
+            # every unit is a block, but the last block holds all that is left of the network
+            units = [*range(1, len(values)), longest]
+            axis.plot(units, values, "o-", color=_COLOR[method], markersize=3.5, linewidth=1.8)
+            ends[method] = values[-1]
+        axis.set_xlabel("after unit", fontsize=10)
         axis.set_xticks(range(1, longest + 1))
         axis.set_xlim(0.7, longest * 1.28)
-        ends = {m: 100 * r["accuracy"] for m, r in groups[key].items() if m != "bp"}
-        lengths = {groups[key][m]["blocks"] for m in ends}
-        for length in lengths:
-            _label(axis, length + 0.02 * longest, {m: e for m, e in ends.items() if groups[key][m]["blocks"] == length})
+        _label(axis, 1.02 * longest, ends)
     fig.savefig(path, dpi=120)
 
 
