@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -497,6 +498,7 @@ class Trainer:
             "logs": self._logs.state(),
             "recalibrated": self._recalibrated,
             "run": self._run,
+            "where": self._where(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -519,8 +521,6 @@ class Trainer:
         """Where a run must go on: a full disk is no reason to lose it."""
         if self.folder is None:
             return
-        import warnings
-
         try:
             self._checkpoints().save(self.seen, self.model, self.engine, self._state(), metric)
         except CheckpointError as error:
@@ -571,6 +571,14 @@ class Trainer:
                         f"resume: the run was trained with {key} {value!r}, now it is {self._run[key]!r}; a resumed run goes on as it "
                         "began. Load the weights alone with fastlocal.trainer.load to begin a new one"
                     )
+            changed = {k: (v, self._where()[k]) for k, v in self._resumed["where"].items() if self._where()[k] != v}
+            if changed:
+                what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+                warnings.warn(
+                    f"the run goes on, but its numbers may differ in the last bits: {what}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.folder, self._config)
@@ -593,6 +601,12 @@ class Trainer:
             else:
                 own.append(logger)
         return own
+
+    def _where(self) -> dict[str, Any]:
+        """What bitwise equal numbers depend on besides the run itself."""
+        device = self.engine.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
     def _set_schedule(self, epochs: int, length: int | None) -> None:
         if self._scheduler is None:

@@ -592,3 +592,15 @@ def test_a_run_goes_on_where_it_was_or_branches_off(tmp_path: Path) -> None:
         branch.fit(source(), epochs=2)
     assert [row["epoch"] for row in rows_of(tmp_path / "two/metrics.csv")] == ["1"]
     assert_same(dict(same.model.state_dict()), dict(branch.model.state_dict()))
+
+
+def test_another_number_of_threads_is_said(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        make(tmp_path).fit(source(), epochs=1)
+        torch.set_num_threads(2)
+        with pytest.warns(RuntimeWarning, match="may differ in the last bits: threads was 1, is 2"):
+            make(tmp_path).fit(source(), epochs=2, resume=True)
+    finally:
+        torch.set_num_threads(threads)
