@@ -207,8 +207,8 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
     for r in record["times"]:
         middle = statistics.median(r["seconds"]) * 1e3
         cells = r["model"], r["method"], r["blocks"], r["precision"], r["batch"], f"{r['predicted'] * 1e3:,.0f}"
-        cells = *cells, f"{middle:,.0f}", f"{error_of(r):+.0%}"
-        rows["times"].append("| " + " | ".join(map(str, cells)) + " |")
+        more = f"{middle:,.0f}", f"{error_of(r):+.0%}"
+        rows["times"].append("| " + " | ".join(map(str, (*cells, *more))) + " |")
     for r in record.get("hosts", []):
         rows["hosts"].append(f"| `{r['command']}` | {r['seconds']:.0f} | {r['maxrss'] / 2**20:,.0f} |")
     texts = {name: "\n".join(lines) for name, lines in rows.items()}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BENCHES = {
     "demo": "ResNet-20 on digits under BP, DGL and AugLocal: one table and one picture",
     "ledger": "launches, block passes, MACs and saved bytes of a step of every method",
+    "accuracy": "short runs on real images, one record each",
+    "plan_time": "planned memory and time against measured ones",
     "step_time": "milliseconds of a step: plain loop or official code against the engine, in turns",
 }
 GROUPS = {
@@ -185,7 +187,7 @@ def _plan_parser(commands: Any) -> None:
     )
     add("--batch", type=int, default=64, metavar="ROWS", help="(64)")
     add("--shape", metavar="3x224x224", help="of one input (what the model says, else 3x32x32 or 3x224x224)")
-    add("--device", default="h100", help="whose roofline: h100, h200, a100, cpu-core (h100)")
+    add("--device", default="h100", help="whose roofline: h100, h200, a100, cpu-core, or here, which is measured first (h100)")
     add("--optimizer", default="momentum", help="sgd, momentum or adam (momentum)")
     add("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed (32-true)")
     add("--channels-last", action="store_true", help="plan that memory format")

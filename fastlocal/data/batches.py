@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class Batches(Source):
         train: its training part, in random order; else its test part, in order.
         batch_size: samples a batch, at least 1.
         seed: with the number of the epoch it decides order, crops and flips.
-        crop: pixels of reflected border from which a random window of the old size is cut; 0 is off.
+        crop: pixels of border from which a random window of the old size is cut; 0 is off.
+        border: ``"reflect"`` the image there, or leave it ``"black"`` (pixels of 0 before normalisation).
         flip: mirror every second image at random.
         cutout: side of a square of mean colour (0 after normalisation) around a random pixel of each image, cut off at
             the image's border (DeVries and Taylor, arXiv 1708.04552); 0 is off.
@@ -46,6 +47,7 @@ class Batches(Source):
         crop: int = 0,
         flip: bool = False,
         cutout: int = 0,
+        border: Literal["reflect", "black"] = "reflect",
     ):
         smallest = min(images.shape[1:])
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -58,7 +60,9 @@ class Batches(Source):
             )
         self.x, self.y = (images.x_train, images.y_train) if train else (images.x_test, images.y_test)
         self.train, self.batch_size, self.seed = train, batch_size, seed
-        self.crop, self.flip, self.cutout = crop, flip, cutout
+        if border not in ("reflect", "black"):
+            raise ArgumentError(f"border: got {border!r}; valid are 'reflect', 'black'")
+        self.crop, self.flip, self.cutout, self.border = crop, flip, cutout, border
         self.images = images
         # (x / 255 - mean) / std as one multiplication and one addition
         self._scale = (1 / (255 * images.std)).view(1, -1, 1, 1)
@@ -101,6 +105,7 @@ class Batches(Source):
             "batches": len(self),
             "seed": self.seed,
             "crop": self.crop,
+            "border": self.border,
             "flip": self.flip,
             "cutout": self.cutout,
         }
@@ -132,7 +137,11 @@ class Batches(Source):
             j = _window(draws[1], width, self.crop)
             if self.flip:
                 j = torch.where(draws[2] < 0.5, j.flip(1), j)
-            x = self.x[rows.view(-1, 1, 1), :, i[:, :, None], j[:, None, :]].permute(0, 3, 1, 2)
+            at = _reflected(i, height)[:, :, None], _reflected(j, width)[:, None, :]
+            x = self.x[rows.view(-1, 1, 1), :, *at].permute(0, 3, 1, 2)
+            if self.border == "black":
+                within = _within(i, height)[:, :, None] & _within(j, width)[:, None, :]
+                x = x.masked_fill(~within.unsqueeze(1), 0)
         x = self._normalised(x)
         if self.cutout:
             inside = _span(draws[3], height, self.cutout)[:, :, None] & _span(draws[4], width, self.cutout)[:, None, :]
@@ -154,9 +163,16 @@ def batch_sizes(count: int, batch_size: int) -> list[int]:
 
 
 def _window(draw: Tensor, size: int, border: int) -> Tensor:
-    """[B, size] source positions of a random window in an image with a reflected border; ``draw`` [B, 1] in [0, 1)."""
-    at = (draw * (2 * border + 1)).long() + torch.arange(-border, size - border, device=draw.device)
+    """[B, size] source positions of a random window, from -border to size + border - 1; ``draw`` [B, 1] in [0, 1)."""
+    return (draw * (2 * border + 1)).long() + torch.arange(-border, size - border, device=draw.device)
+
+
+def _reflected(at: Tensor, size: int) -> Tensor:
     return (size - 1) - ((size - 1) - at.abs()).abs()
+
+
+def _within(at: Tensor, size: int) -> Tensor:
+    return (at >= 0) & (at < size)
 
 
 def _span(draw: Tensor, size: int, length: int) -> Tensor:

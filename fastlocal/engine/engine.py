@@ -16,9 +16,9 @@ from fastlocal.blocks.block import Block, start_backward
 from fastlocal.engine.cast import CastWeights
 from fastlocal.engine.clip import Clip
 from fastlocal.engine.guard import BatchCounts, Guard
+from fastlocal.engine.memory import is_out_of_memory, out_of_memory
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
-from fastlocal.engine.memory import is_out_of_memory, out_of_memory
 from fastlocal.engine.output import Hits, StepOutput, count_targets
 from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import torch
 
@@ -19,13 +20,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_CPU.search(str(error)))
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Most bytes ever in use: of PyTorch on an accelerator, of the whole process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-    import sys
+def peak_bytes(device: torch.device | None = None) -> int | None:
+    """Bytes: the most that torch has had allocated on a CUDA device, or the largest resident size of this process.
 
+    Args:
+        device: None is the current CUDA device where CUDA is in use, else the CPU. None is returned where there is no such
+            number (another kind of device, no ``getrusage``).
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
@@ -39,10 +50,12 @@ def out_of_memory(
     if len(block.units) > 1:
         advice.append(f"more blocks (this one has {len(block.units)} units)")
     advice += ["precision='bf16-mixed'", "a smaller auxiliary head"]
+    peak = peak_bytes(device)
+    so_far = "" if peak is None else f"peak so far {peak / 2**30:.2f} GiB on {device}, and "
     kept = f"blocks 0 to {updated - 1} were updated" if updated else "no block was updated"
     return OutOfMemoryError(
-        f"out of memory in block {k} ('{block.name}'), {phase}, at step {step}; peak so far {peak_bytes(device) / 2**30:.2f} GiB on "
-        f"{device}, and this block saves {block.cost.saved_bytes / 2**20:.2f} MiB a sample. {kept[0].upper()}{kept[1:]} in this step; "
+        f"out of memory in block {k} ('{block.name}'), {phase}, at step {step}; {so_far}"
+        f"this block saves {block.cost.saved_bytes / 2**20:.2f} MiB a sample. {kept[0].upper()}{kept[1:]} in this step; "
         f"gradients are freed and training can go on. Try {', '.join(advice)}. fastlocal.plan predicts the peak. ({error})",
         block=k,
         name=block.name,

@@ -37,10 +37,42 @@ def find_batch_size(
         "device": "cpu-core",
     }
 
-    def fits(rows: int) -> bool:
-        return plan(engine.model, batch, rows=rows, **options).peak_bytes + extra <= limit
+    def peak(rows: int) -> int:
+        return plan(engine.model, batch, rows=rows, **options).peak_bytes + extra
 
-    return _largest(fits, largest, f"{limit / 2**30:.2f} GiB")
+    return _below(peak, limit, largest)
+
+
+def _below(peak: Callable[[int], int], limit: int, largest: int) -> int:
+    """The most rows with ``peak(rows) <= limit``. Peaks are nearly straight lines, so a few plans find it."""
+    good, at_good = 2, peak(2)
+    if at_good > limit:
+        raise ArgumentError(f"batch: two rows take {at_good:,} bytes, {limit:,} are there; use more blocks")
+    bad, at_bad = min(64, largest), 0
+    while bad <= largest:
+        at_bad = peak(bad)
+        if at_bad > limit:
+            break
+        slope = max(1.0, (at_bad - at_good) / max(1, bad - good))
+        good, at_good = bad, at_bad
+        if good == largest:
+            return largest
+        # a little beyond where the line meets the limit, to have a size on either side of it
+        bad = min(largest, max(good + 1, int((good + (limit - at_good) / slope) * 17 / 16)))
+    while bad - good > max(1, good // 16):
+        meets = good + int((limit - at_good) * (bad - good) / (at_bad - at_good))
+        middle = min(max(meets, good + 1), bad - 1)
+        at_middle = peak(middle)
+        if at_middle > limit:
+            bad, at_bad = middle, at_middle
+            continue
+        good, at_good = middle, at_middle
+        above = min(bad - 1, good + max(1, good // 16))
+        if above > good and (at_above := peak(above)) > limit:
+            bad, at_bad = above, at_above
+        elif above > good:
+            good, at_good = above, at_above
+    return good
 
 
 def _largest(fits: Callable[[int], bool], largest: int, what: str) -> int:

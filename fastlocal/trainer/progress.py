@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastlocal.engine.memory import peak_bytes
+
 _SHOWN = 12  # losses; of more blocks, evenly spaced ones are shown
 
 
@@ -40,27 +42,6 @@ def skipped_text(counts: Sequence[float]) -> str:
     return f"skipped {round(sum(counts))} (block{'s' if len(blocks) > 1 else ''} {shown})"
 
 
-def peak_memory(device: torch.device | None = None) -> int | None:
-    """Bytes: the most that torch has had allocated on a CUDA device, or the largest resident size of this process.
-
-    Args:
-        device: None is the current CUDA device where CUDA is in use, else the CPU. None is returned where there is no such
-            number (another kind of device, no ``getrusage``).
-    """
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
-
-
 def _bytes_text(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
@@ -81,7 +62,7 @@ class Bar:
         steps: how many in all; None where that is not known.
         label: stands in front.
         done: steps done before, of a resumed training.
-        device: whose peak memory is shown; see `peak_memory`.
+        device: whose peak memory is shown; see `fastlocal.engine.memory.peak_bytes`.
         split: name of the data that ``accuracy`` is of.
 
     Attributes:
@@ -149,7 +130,7 @@ class Bar:
             parts.append(f"{_count_text(rate * self._samples / self._sampled)} samples/s")
         if len(self.skipped) and (skipped := skipped_text(self.skipped)):
             parts.append(skipped)
-        peak = peak_memory(self._device)
+        peak = peak_bytes(self._device)
         if parts and peak is not None:
             parts.append(f"peak {_bytes_text(peak)}")
         if self.accuracy is not None:

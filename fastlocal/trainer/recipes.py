@@ -25,7 +25,6 @@ _SOURCES = {
 }
 
 # What these authors do and fastlocal does not.
-BLACK_BORDER = "random crops there have a black border, here a reflected one"
 CLASSES_100 = "the output layer there has 100 classes, by a slip of the pen ('sl10'); here 10"
 EXTRA = "trained there on the sets train and extra; here on train (give both in one .npz as --data for the same)"
 FEW_CLASSES = "in the first 200 epochs each batch there is drawn from 20 classes; here from all"
@@ -124,12 +123,20 @@ _CIFAR10: dict[str, Any] = {
     "mean": tuple(x / 255 for x in (125.3, 123.0, 113.9)), "std": tuple(x / 255 for x in (63.0, 62.1, 66.7)),
 }  # fmt: skip
 _GREY: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-_SVHN: dict[str, Any] = {"data": "svhn", "crop": 2, "batch_size": 1024, "lr": 0.8, **_GREY}
-_STL10: dict[str, Any] = {"data": "stl10", "crop": 4, "flip": True, "batch_size": 128, "lr": 0.1, **_GREY}
+_SVHN: dict[str, Any] = {"data": "svhn", "crop": 2, "border": "black", "batch_size": 1024, "lr": 0.8, **_GREY}
+_STL10: dict[str, Any] = {
+    "data": "stl10",
+    "crop": 4,
+    "border": "black",
+    "flip": True,
+    "batch_size": 128,
+    "lr": 0.1,
+    **_GREY,
+}
 _FAMILY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "cifar10": (_CIFAR10, ()),
-    "svhn": (_SVHN, (BLACK_BORDER,)),
-    "stl10": (_STL10, (BLACK_BORDER, CLASSES_100)),
+    "svhn": (_SVHN, ()),
+    "stl10": (_STL10, (CLASSES_100,)),
 }  # of the code that InfoPro and AugLocal share
 _NETS = {"r32": ("resnet32", 16), "r110": ("resnet110", 55)}
 
@@ -222,21 +229,21 @@ def _heads(data: str, lam: tuple[float, ...]) -> dict[str, Any]:
 
 def _dgl() -> list[Recipe]:
     settings = Settings(
-        data="cifar10", crop=4, flip=True, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), batch_size=128,
+        data="cifar10", crop=4, border="black", flip=True, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), batch_size=128,
         model="dgl_cnn", method="dgl", option={"head": "dgl"}, blocks=6,
         epochs=50, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=False, weight_decay=5e-4, scheduler="dgl", seed=1,
     )  # fmt: skip
-    return [Recipe("dgl-cifar10", settings, DGL, None, (BLACK_BORDER,))]
+    return [Recipe("dgl-cifar10", settings, DGL, None, ())]
 
 
 # ------------------------------------------------------------------------------------------------------------- PredSim
 
 # crop, flip, mean, std, epochs, differences
 _LOCAL_LOSS: dict[str, tuple[int, bool, tuple[float, ...], tuple[float, ...], int, tuple[str, ...]]] = {
-    "mnist": (2, False, (0.1307,), (0.3081,), 100, (BLACK_BORDER,)),
-    "fashion_mnist": (2, True, (0.286,), (0.353,), 200, (BLACK_BORDER,)),
-    "cifar10": (4, True, (0.424, 0.415, 0.384), (0.283, 0.278, 0.284), 400, (BLACK_BORDER,)),
-    "cifar100": (4, True, (0.438, 0.418, 0.377), (0.300, 0.287, 0.294), 400, (BLACK_BORDER, FEW_CLASSES)),
+    "mnist": (2, False, (0.1307,), (0.3081,), 100, ()),
+    "fashion_mnist": (2, True, (0.286,), (0.353,), 200, ()),
+    "cifar10": (4, True, (0.424, 0.415, 0.384), (0.283, 0.278, 0.284), 400, ()),
+    "cifar100": (4, True, (0.438, 0.418, 0.377), (0.300, 0.287, 0.294), 400, (FEW_CLASSES,)),
     "svhn": (0, False, (0.431, 0.430, 0.446), (0.197, 0.198, 0.199), 100, (EXTRA,)),
     "stl10": (0, False, (0.447, 0.440, 0.407), (0.260, 0.257, 0.271), 400, ()),
 }
@@ -281,7 +288,7 @@ def _predsim() -> list[Recipe]:
                     option["dim_in_decoder"] = decoder
                 heads = {"method": "predsim", "option": option, "blocks": 8 if net == "vgg8b" else 11}
             settings = Settings(
-                data=data, crop=crop, flip=flip, mean=mean, std=std, batch_size=128,
+                data=data, crop=crop, border="black", flip=flip, mean=mean, std=std, batch_size=128,
                 model=net, model_option={
                     "feat_mult": float(width), "dropout": dropout, "nonlin": "leakyrelu" if similar else "relu",
                 },

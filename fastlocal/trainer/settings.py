@@ -68,7 +68,8 @@ class Settings:
     test_samples: int | float | None = _setting("amount?", None, "the same for the test images", "N")
     mean: tuple[float, ...] | None = _setting("numbers?", None, "of the channels, 0 to 1 (the training set's)", "M,M,M")
     std: tuple[float, ...] | None = _setting("numbers?", None, "of the channels (the training set's)", "S,S,S")
-    crop: int = _setting("int", 0, "random crops with this reflected border", "PIXELS")
+    crop: int = _setting("int", 0, "random crops with this border", "PIXELS")
+    border: str = _setting("choice", "reflect", "of crops", choices=("reflect", "black"))
     flip: bool = _setting("bool", False, "mirror every second image at random")
     cutout: int = _setting("int", 0, "side of a square of mean colour put on each image at random", "PIXELS")
     mixup: float = _setting("number", 0.0, "alpha of mixup", "ALPHA")
@@ -380,7 +381,8 @@ def _in_memory(s: Settings, images: Images | None, device: torch.device) -> _Dat
     images = dataclasses.replace(
         images, mean=_channels("mean", s.mean, images.mean), std=_channels("std", s.std, images.std)
     ).to(device)
-    train = Batches(images, batch_size=s.batch_size, seed=s.seed, crop=s.crop, flip=s.flip, cutout=s.cutout)
+    augmentation: dict[str, Any] = {"crop": s.crop, "flip": s.flip, "cutout": s.cutout, "border": s.border}
+    train = Batches(images, batch_size=s.batch_size, seed=s.seed, **augmentation)
     test = Batches(images, train=False, batch_size=max(256, s.batch_size))
     return _Data(train, test, images.shape, images.num_classes, images.mean.tolist(), images.std.tolist(), repr(images))
 

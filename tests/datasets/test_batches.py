@@ -187,7 +187,8 @@ def test_description():
     described = Batches(numbered(), batch_size=4, seed=3, crop=1, flip=True, cutout=2).describe()
     assert described == {
         "kind": "Batches", "data": "numbered", "part": "train", "samples": 21, "shape": [2, 6, 5], "classes": 21,
-        "batch_size": 4, "batches": 5, "seed": 3, "crop": 1, "flip": True, "cutout": 2,
+        "batch_size": 4, "batches": 5, "seed": 3, "border": "reflect",
+        "crop": 1, "flip": True, "cutout": 2,
     }  # fmt: skip
     assert json.loads(json.dumps(described)) == described
     assert Batches(numbered(), batch_size=4).length == 5
@@ -200,3 +201,27 @@ def test_the_host_reads_nothing_from_the_device():
         ("meta", (4, 2, 6, 5), 4),
         ("meta", (5, 2, 6, 5), 5),
     ]
+
+
+def test_a_black_border_is_torchvisions_zero_padding():
+    """Every crop is a window of the zero-padded image; with the same draws it is the reflected one where it is inside."""
+    pixels = torch.randint(1, 256, (40, 3, 6, 6), dtype=torch.uint8)
+    images = Images(
+        pixels, torch.arange(40) % 4, pixels, torch.arange(40) % 4, 4, torch.full((3,), 0.5), torch.ones(3), "n"
+    )
+    black = Batches(images, batch_size=40, crop=2, border="black")
+    x, _ = black.batch(0, 0)
+    whole = Batches(images, batch_size=40).batch(0, 0)[0]
+    reflected, _ = Batches(images, batch_size=40, crop=2).batch(0, 0)
+    padded = torch.nn.functional.pad(whole, (2, 2, 2, 2), value=-0.5)
+    seen = set()
+    for i in range(40):
+        at = [(a, b) for a in range(5) for b in range(5) if torch.equal(padded[i, :, a : a + 6, b : b + 6], x[i])]
+        assert len(at) == 1
+        seen.add(at[0])
+    assert len(seen) > 10
+    inside = x != -0.5
+    assert torch.equal(x[inside], reflected[inside]) and not inside.all()
+    assert black.describe()["border"] == "black"
+    with pytest.raises(ArgumentError, match="border: got 'zero'; valid are 'reflect', 'black'"):
+        Batches(images, border="zero")

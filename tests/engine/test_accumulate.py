@@ -135,7 +135,7 @@ def test_a_bad_micro_batch_is_found_at_the_update() -> None:
     broken = X[:4].clone()
     broken[0] = float("inf")
     engine.accumulate(broken, Y[:4])
-    with pytest.raises(NonFiniteError, match="block 0 .*step 0"):
+    with pytest.raises(NonFiniteError, match=r"block 0 .*step 0"):
         engine.step(X[4:8], Y[4:8])
     assert_same(before, dict(model.state_dict()))
     assert engine.pending == 0

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from fastlocal.trainer.progress import Bar, losses_text, peak_memory, skipped_text
+from fastlocal.engine.memory import peak_bytes
+from fastlocal.trainer.progress import Bar, losses_text, skipped_text
 
 
 @pytest.mark.parametrize(
@@ -54,12 +55,12 @@ def test_skipped_text(counts, text):
 
 def test_peak_memory_grows_with_the_process():
     code = (
-        "import torch\nfrom fastlocal.trainer.progress import peak_memory\nbefore = peak_memory()\n"
-        "x = torch.ones(512, 2**18)\ndel x\nprint(before, peak_memory(torch.device('cpu')))"
+        "import torch\nfrom fastlocal.engine.memory import peak_bytes\nbefore = peak_bytes()\n"
+        "x = torch.ones(512, 2**18)\ndel x\nprint(before, peak_bytes(torch.device('cpu')))"
     )
     before, after = map(int, subprocess.check_output([sys.executable, "-c", code]).split())
     assert 2**29 < after < max(before, 2**29) + 2**30  # a child starts with the peak of its parent
-    assert peak_memory(torch.device("meta")) is None
+    assert peak_bytes(torch.device("meta")) is None
 
 
 def test_on_a_cuda_device_its_allocator_is_asked(monkeypatch):

@@ -21,7 +21,7 @@ import fastlocal as fl
 from fastlocal import data, models
 from fastlocal.engine.clip import Clip
 from fastlocal.errors import ArgumentError, CheckpointError, NonFiniteError, OutOfMemoryError
-from fastlocal.trainer import Callback, EarlyStopping, LambdaCallback, Logger, optimizers
+from fastlocal.trainer import Callback, EarlyStopping, LambdaCallback, Logger, batch_size, optimizers
 from tests.engine.untouched import assert_same
 
 MADE = torch.Generator().manual_seed(0)
@@ -490,7 +490,7 @@ def test_the_batch_size_that_a_budget_allows() -> None:
     assert planned[0] + average + gradients <= 4 * 2**20 < planned[1] + average + gradients
     assert_same(dict(before), dict(trainer.model.state_dict()))
     assert trainer.find_batch_size((x, y), budget="4GiB", largest=48) == 48
-    with pytest.raises(ArgumentError, match="not even two rows"):
+    with pytest.raises(ArgumentError, match="two rows take"):
         trainer.find_batch_size((x, y), budget=1000)
 
 
@@ -604,3 +604,18 @@ def test_another_number_of_threads_is_said(tmp_path: Path) -> None:
             make(tmp_path).fit(source(), epochs=2, resume=True)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("limit", [100, 101, 137, 2_000, 54_321, 10**7])
+@pytest.mark.parametrize("kink", [0, 40, 1000])
+def test_the_search_below_a_limit_is_within_a_sixteenth(limit: int, kink: int) -> None:
+    """Peaks that bend, as where another block becomes the largest, and few calls of what takes seconds."""
+    calls = []
+
+    def peak(rows: int) -> int:
+        calls.append(rows)
+        return max(90 + 3 * rows, 9 * (rows - kink))
+
+    found = batch_size._below(peak, limit, 4096)
+    exact = max(rows for rows in range(2, 4097) if max(90 + 3 * rows, 9 * (rows - kink)) <= limit)
+    assert exact - max(1, exact // 16) <= found <= exact and len(calls) <= 12
