@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -139,6 +140,20 @@ def prepare(
     _check_sample(net, args, kwargs)
     task = criterion or default_criterion(net)
     return _Builder(net, recipe, args, kwargs, target, task, batch, tied, num_classes, criterion is None)
+
+
+def _warn_of_untrained(net: nn.Module, blocks: list[Block]) -> None:
+    owned = {id(slot.value) for block in blocks for slot in block.slots}
+    left = [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in owned]
+    if left:
+        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        warnings.warn(
+            f"net: no local loss reaches {shown} ({len(left)} in all), so they stay as they are. Either the forward does not use "
+            "them, or no gradient passes, as in checkpoint(..., use_reentrant=True), whose input is a block's detached one: "
+            "pass use_reentrant=False, or freeze them with requires_grad_(False)",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def parse_bytes(text: str | float) -> int:
@@ -326,6 +341,7 @@ class _Builder:
             target_dims=len(units.output_shape) if len(units.output_shape) in (1, 2) else None,
         )
         if measure:
+            _warn_of_untrained(self.net, blocks)
             x = first_tensor((self.args, self.kwargs))
             assert x is not None
             target, criterion = self.task(units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import fastlocal as fl
@@ -287,3 +289,27 @@ def test_weights_tied_inside_one_block_stay_tied() -> None:
     net.head.weight = nn.Parameter(torch.randn(11, 6))
     with untouched(net, random=False):
         fl.localize(net, "dgl", blocks=2, sample=IDS)
+
+
+def test_parameters_that_no_loss_reaches_are_named() -> None:
+    """Unused ones, and those behind a reentrant checkpoint at the beginning of a block; frozen ones are meant to stay."""
+
+    class Layer(nn.Module):
+        def __init__(self, reentrant: bool, unused: bool = False):
+            super().__init__()
+            self.f, self.reentrant = nn.Linear(8, 8), reentrant
+            self.unused = nn.Linear(2, 2).requires_grad_(unused)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.f, x, use_reentrant=self.reentrant)
+
+    def cut(*layers: nn.Module) -> None:
+        fl.localize(nn.Sequential(*layers, nn.Linear(8, 3)), "dgl", blocks=2, sample=torch.randn(4, 8))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cut(Layer(False), Layer(False))
+    with pytest.warns(UserWarning, match=r"no local loss reaches 0\.unused\.weight, 0\.unused\.bias \(2 in all\)"):
+        cut(Layer(False, unused=True), Layer(False))
+    with pytest.warns(UserWarning, match=r"no local loss reaches 0\.f\.weight.*use_reentrant=False"):
+        cut(Layer(True), Layer(False))
