@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -357,44 +358,67 @@ PUBLISHED = {
 PUBLISHED_DGL = {1: 7.37, 2: 8.69, 4: 11.48, 8: 14.17, 16: 16.21}
 
 
-def compared(records: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
-    """Records by (data, model), then method: those of the ``methods`` suite, one seed, where BP is there too."""
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+Runs = list[dict[str, Any]]  # of one case, by seed
+
+
+def compared(records: Runs) -> dict[tuple[str, str], dict[str, Runs]]:
+    """The runs of the ``methods`` suite by (data, model), then method; only seeds that BP has too."""
+    found: dict[tuple[str, str], dict[str, Runs]] = {}
     for data in SETS:
         for model in NETS:
-            of_pair = {
-                r["case"]["method"]: r
-                for r in records
-                if (r["case"]["data"], r["case"]["model"]) == (data, model)
-                and not r["case"]["held_out"]
-                and r["case"]["blocks"] is None
-                and r["case"]["seed"] == 0
-            }
-            if "bp" in of_pair:
-                found[data, model] = {method: of_pair[method] for method in NAMES if method in of_pair}
+            chosen = [r for r in records if _is(r, data, model) and r["case"]["blocks"] is None]
+            of_pair = {method: _by_seed(chosen, method) for method in NAMES}
+            seeds = {r["case"]["seed"] for r in of_pair["bp"]}
+            of_pair = {m: [r for r in runs if r["case"]["seed"] in seeds] for m, runs in of_pair.items()}
+            if seeds:
+                found[data, model] = {method: runs for method, runs in of_pair.items() if runs}
     return found
 
 
-def against_blocks(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """DGL's records of ResNet-20 on CIFAR-10 by number of blocks, with BP as 1; none where BP's is missing."""
+def against_blocks(records: Runs) -> dict[int, Runs]:
+    """DGL's runs of ResNet-20 on CIFAR-10 by number of blocks, with BP's as 1; none where BP's are missing."""
     bp = compared(records).get(("cifar10", "resnet20"), {}).get("bp")
     if bp is None:
         return {}
-    chosen = [
-        r
-        for r in records
-        if (r["case"]["data"], r["case"]["model"], r["case"]["method"]) == ("cifar10", "resnet20", "dgl")
-        and not r["case"]["held_out"]
-    ]
-    return {1: bp} | {r["blocks"]: r for r in sorted(chosen, key=lambda r: r["blocks"])}
+    chosen = _by_seed([r for r in records if _is(r, "cifar10", "resnet20")], "dgl")
+    seeds = {r["case"]["seed"] for r in bp}
+    found = {1: bp}
+    for count in sorted({r["blocks"] for r in chosen}):
+        runs = [r for r in chosen if r["blocks"] == count and r["case"]["seed"] in seeds]
+        if runs:
+            found[count] = runs
+    return found
 
 
-def gap(record: dict[str, Any], bp: dict[str, Any]) -> float:
-    """Points of accuracy below BP."""
-    return 100 * (bp["accuracy"] - record["accuracy"])
+def _is(record: dict[str, Any], data: str, model: str) -> bool:
+    """A run of that set and net, of the suites' size."""
+    case, usual = record["case"], asdict(Case(data, model=model))
+    return all(
+        case[key] == usual[key] for key in ("data", "model", "held_out", "epochs", "batch_size", "train", "test")
+    )
 
 
-def draw(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+def _by_seed(records: Runs, method: str) -> Runs:
+    return sorted((r for r in records if r["case"]["method"] == method), key=lambda r: r["case"]["seed"])
+
+
+def percent(runs: Runs) -> float:
+    """Mean test accuracy."""
+    return 100 * statistics.mean(r["accuracy"] for r in runs)
+
+
+def against(runs: Runs, bp: Runs) -> float:
+    """Mean difference to BP's run of the same seed, in points; negative is below BP."""
+    of_seed = {r["case"]["seed"]: r["accuracy"] for r in bp}
+    return 100 * statistics.mean(r["accuracy"] - of_seed[r["case"]["seed"]] for r in runs)
+
+
+def _means(lists: list[list[float | None]]) -> list[float]:
+    """Percent, column by column; NaN where a head has no accuracy."""
+    return [100 * statistics.mean(math.nan if a is None else a for a in column) for column in zip(*lists)]
+
+
+def draw(records: Runs, folder: Path) -> list[Path]:
     """The pictures of docs/accuracy.md, as far as there are records for them; their paths.
 
     Raises:
@@ -448,28 +472,31 @@ def _label(axis: Any, x: float, ends: dict[str, float]) -> None:
         axis.annotate(text, (x, y), color=_COLOR[method], fontsize=9, va="center", annotation_clip=False)
 
 
-def _draw_curves(path: Path, groups: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> None:
-    fig, panels = _panels("Test accuracy by epoch, %: short runs on part of the data, one seed", groups)
+def _draw_curves(path: Path, groups: dict[tuple[str, str], dict[str, Runs]]) -> None:
+    seeds = max(len(runs) for of_pair in groups.values() for runs in of_pair.values())
+    of = "one seed" if seeds == 1 else f"mean of {seeds} seeds (each of them: faint)"
+    fig, panels = _panels(f"Test accuracy by epoch, %: short runs on part of the data, {of}", groups)
     for key, axis in panels:
-        epochs = 0
-        for method, record in groups[key].items():
-            values = [100 * row["accuracy"] for row in record["curve"]]
-            epochs = len(values)
-            axis.plot(range(1, epochs + 1), values, "o-", color=_COLOR[method], markersize=3.5, linewidth=1.8)
+        for method, runs in groups[key].items():
+            curves = [[row["accuracy"] for row in record["curve"]] for record in runs]
+            epochs = range(1, len(curves[0]) + 1)
+            for curve in curves if len(runs) > 1 else []:
+                axis.plot(epochs, [100 * a for a in curve], color=_COLOR[method], linewidth=0.8, alpha=0.4)
+            axis.plot(epochs, _means(curves), "o-", color=_COLOR[method], markersize=3.5, linewidth=1.8)
         axis.set_xlabel("epoch", fontsize=10)
-        axis.set_xticks(range(1, epochs + 1))
-        axis.set_xlim(0.8, epochs + 0.28 * epochs)
-        _label(axis, epochs + 0.02 * epochs, {m: 100 * r["accuracy"] for m, r in groups[key].items()})
+        axis.set_xticks(epochs)
+        axis.set_xlim(0.8, 1.28 * len(epochs))
+        _label(axis, 1.02 * len(epochs), {method: percent(runs) for method, runs in groups[key].items()})
     fig.savefig(path, dpi=120)
 
 
-def _draw_heads(path: Path, groups: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> None:
+def _draw_heads(path: Path, groups: dict[tuple[str, str], dict[str, Runs]]) -> None:
     fig, panels = _panels("Test accuracy of each block's head, %; the last point is the network's own output", groups)
     for key, axis in panels:
-        longest = max(record["blocks"] for record in groups[key].values())
+        longest = max(runs[0]["blocks"] for runs in groups[key].values())
         ends = {}
-        for method, record in groups[key].items():
-            values = [math.nan if a is None else 100 * a for a in record["accuracies"]]
+        for method, runs in groups[key].items():
+            values = _means([record["accuracies"] for record in runs])
             if method == "bp":
                 axis.axhline(values[-1], color=_COLOR[method], linestyle="--", linewidth=1.4)
                 where = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": 9}
@@ -486,112 +513,93 @@ def _draw_heads(path: Path, groups: dict[tuple[str, str], dict[str, dict[str, An
     fig.savefig(path, dpi=120)
 
 
-def _draw_blocks(path: Path, of_blocks: dict[int, dict[str, Any]]) -> None:
+def _draw_blocks(path: Path, of_blocks: dict[int, Runs]) -> None:
     fig = plots.figure(7, 4)
     axis = fig.subplots()
-    lines = (
-        ("ResNet-20, short runs here", {k: gap(r, of_blocks[1]) for k, r in of_blocks.items()}, "o-", plots.COLORS[2]),
-        (
-            "ResNet-32, 160 epochs, as published",
-            {k: error - PUBLISHED_DGL[1] for k, error in PUBLISHED_DGL.items()},
-            "s--",
-            plots.COLORS[1],
-        ),
-    )
-    for name, points, style, color in lines:
+    here = {k: against(runs, of_blocks[1]) for k, runs in of_blocks.items()}
+    there = {k: PUBLISHED_DGL[1] - error for k, error in PUBLISHED_DGL.items()}
+    for name, points, style, color in (
+        ("ResNet-20, short runs here", here, "o-", plots.COLORS[2]),
+        ("ResNet-32, 160 epochs, as published", there, "s--", plots.COLORS[1]),
+    ):
         axis.plot(list(points), list(points.values()), style, color=color, label=name, linewidth=1.8, markersize=5)
         for k, value in points.items():
             if k > 1:
-                axis.annotate(
-                    f"{value:.1f}",
-                    (k, value),
-                    xytext=(0, 6),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                    color=color,
-                )
-    axis.set_title("DGL on CIFAR-10: points of accuracy below BP, by number of blocks", fontsize=11, loc="left")
+                look = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "color": color}
+                axis.annotate(f"{value:+.1f}", (k, value), xytext=(0, 6), **look)
+    axis.set_title("DGL on CIFAR-10: points of accuracy against BP, by number of blocks", fontsize=11, loc="left")
     axis.set_xscale("log", base=2)
     ticks = sorted({*of_blocks, *PUBLISHED_DGL})
     axis.set_xticks(ticks, ["1 (BP)" if k == 1 else str(k) for k in ticks])
     axis.set_xlabel("blocks", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    axis.legend(frameon=False, fontsize=9, loc="lower left")
     axis.margins(y=0.12)
     fig.savefig(path, dpi=120)
 
 
-def summary_rows(records: list[dict[str, Any]]) -> list[list[str]]:
-    """A row a (data, model): accuracy of each method, with its points below BP."""
-    rows = [["", *(NAMES[m] for m in ("bp", "predsim", "auglocal", "infopro"))]]
+def summary_rows(records: Runs) -> list[list[str]]:
+    """A row a (data, model): accuracy of each method, with its points against BP."""
+    methods = ("bp", "predsim", "auglocal", "infopro")
+    rows = [["", *(NAMES[method] for method in methods)]]
     for (data, model), of_pair in compared(records).items():
         cells = []
-        for method in ("bp", "predsim", "auglocal", "infopro"):
-            record = of_pair.get(method)
-            if record is None:
-                cells.append("-")
-            else:
-                below = "" if method == "bp" else f" ({-gap(record, of_pair['bp']):+.1f})"
-                cells.append(f"{100 * record['accuracy']:.1f}{below}")
+        for method in methods:
+            runs = of_pair.get(method)
+            shift = "" if method == "bp" or runs is None else f" ({against(runs, of_pair['bp']):+.1f})"
+            cells.append("-" if runs is None else f"{percent(runs):.1f}{shift}")
         rows.append([f"{SETS[data]}, {NETS[model]}", *cells])
     return rows
 
 
-def full_rows(records: list[dict[str, Any]]) -> list[list[str]]:
-    """A row a run, beside the closest published setting."""
+def full_rows(records: Runs) -> list[list[str]]:
+    """A row a method, beside the closest published setting."""
     rows = [
-        ["data", "net", "method", "K", "accuracy %", "against BP", "published against BP", "published in", "source"]
+        ["data", "net", "method", "K", "accuracy %", "each seed", "against BP", "published against BP", "in", "source"]
     ]
     for (data, model), of_pair in compared(records).items():
-        for method, record in of_pair.items():
+        for method, runs in of_pair.items():
             if method == "dgl":
                 continue
             known = PUBLISHED.get((data, model, method))
-            rows.append(
-                [
-                    SETS[data],
-                    NETS[model],
-                    NAMES[method],
-                    str(record["blocks"]),
-                    f"{100 * record['accuracy']:.1f}",
-                    "-" if method == "bp" else f"{-gap(record, of_pair['bp']):+.1f}",
-                    *(
-                        ["-" if method == "bp" else "none found", "", ""]
-                        if known is None
-                        else [f"{-known.gap:+.2f}", known.setting, known.source]
-                    ),
-                ]
-            )
+            cells = [SETS[data], NETS[model], NAMES[method], str(runs[0]["blocks"]), f"{percent(runs):.1f}"]
+            cells.append(", ".join(f"{100 * record['accuracy']:.1f}" for record in runs))
+            cells.append("-" if method == "bp" else f"{against(runs, of_pair['bp']):+.1f}")
+            if known is None:
+                cells += ["-" if method == "bp" else "none found", "", ""]
+            else:
+                cells += [f"{-known.gap:+.2f}", known.setting, known.source]
+            rows.append(cells)
     return rows
 
 
-def head_rows(records: list[dict[str, Any]]) -> list[list[str]]:
-    """A row a run under a local method: every head's accuracy, first to last."""
+def head_rows(records: Runs) -> list[list[str]]:
+    """A row a local method: every head's accuracy, first to last."""
     rows = [["", "method", "accuracy % of each block's head, first to last"]]
     for (data, model), of_pair in compared(records).items():
-        for method, record in of_pair.items():
+        for method, runs in of_pair.items():
             if method not in ("bp", "dgl"):
-                values = ", ".join("-" if a is None else f"{100 * a:.1f}" for a in record["accuracies"])
-                rows.append([f"{SETS[data]}, {NETS[model]}", NAMES[method], values])
+                values = _means([record["accuracies"] for record in runs])
+                text = ", ".join("-" if math.isnan(a) else f"{a:.1f}" for a in values)
+                rows.append([f"{SETS[data]}, {NETS[model]}", NAMES[method], text])
     return rows
 
 
-def block_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+def block_rows(records: Runs) -> list[list[str]]:
     """Accuracy of DGL against the number of blocks, beside the published one."""
     of_blocks = against_blocks(records)
     rows = [["K", "ResNet-20 here, %", "against BP", "ResNet-32 published, %", "against BP"]]
     for k in sorted({*of_blocks, *PUBLISHED_DGL}) if of_blocks else []:
         here, there = of_blocks.get(k), PUBLISHED_DGL.get(k)
         cells = ["1 (BP)" if k == 1 else str(k)]
-        cells += ["-", "-"] if here is None else [f"{100 * here['accuracy']:.1f}", f"{-gap(here, of_blocks[1]):+.1f}"]
+        cells += ["-", "-"] if here is None else [f"{percent(here):.1f}", f"{against(here, of_blocks[1]):+.1f}"]
         cells += ["-", "-"] if there is None else [f"{100 - there:.2f}", f"{PUBLISHED_DGL[1] - there:+.2f}"]
         rows.append([cells[0], cells[1], "-", cells[3], "-"] if k == 1 else cells)
     return rows
 
 
-def rate_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+def rate_rows(records: Runs) -> list[list[str]]:
     """The trials that chose optimizer and learning rate: accuracy on training images that were held out."""
     rows = [["net", "method", "held-out accuracy %"]]
     trials: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -612,9 +620,9 @@ def rate_rows(records: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def conditions(records: list[dict[str, Any]]) -> str:
+def conditions(records: Runs) -> str:
     """What all compared runs share, read from the records."""
-    chosen = [record for of_pair in compared(records).values() for record in of_pair.values()]
+    chosen = [record for of_pair in compared(records).values() for runs in of_pair.values() for record in runs]
 
     def values(read: Callable[[dict[str, Any]], Any]) -> str:
         return ", ".join(dict.fromkeys(str(read(record)) for record in chosen))
@@ -622,7 +630,7 @@ def conditions(records: list[dict[str, Any]]) -> str:
     count = values(lambda r: f"{r['samples']['train']:,} training and {r['samples']['test']:,} test images")
     return (
         f"{count} of each set, equally many of each class, {values(lambda r: r['case']['epochs'])} epochs, batch "
-        f"{values(lambda r: r['case']['batch_size'])}, {values(lambda r: r['case']['precision'])}, seed "
+        f"{values(lambda r: r['case']['batch_size'])}, {values(lambda r: r['case']['precision'])}, seeds "
         f"{values(lambda r: r['case']['seed'])}, {values(lambda r: r['machine']['cpu'])}, "
         f"{values(lambda r: r['case']['threads'])} thread, torch {values(lambda r: r['machine']['torch'])}, fastlocal "
         f"{values(lambda r: r['machine']['commit'])}."
@@ -648,7 +656,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", metavar="PATH", help="a .npz file, or a folder of a known set")
-    add("--suite", choices=("methods", "blocks"), help="a list of runs instead of one")
+    add("--suite", choices=("methods", "blocks"), help="a list of runs instead of one; takes --seed alone")
     add("--json", type=Path, metavar="PATH", help="append the records to this .jsonl file")
     add("--draw", type=Path, metavar="DIR", help="write the pictures of the records in --json, and train nothing")
     add("--list", action="store_true", help="print the commands of the suite, and train nothing")
@@ -681,7 +689,7 @@ def _main(o: argparse.Namespace) -> int:
     if o.suite is None:
         cases = [_case(o, images.name)]
     else:
-        cases = suite(o.suite, images.name)
+        cases = [replace(case, seed=o.seed) for case in suite(o.suite, images.name)]
     if o.list:
         print("\n".join(case.command(o.data) for case in cases))
         return 0
