@@ -253,12 +253,12 @@ OPTIONS: dict[str, dict[str, Any]] = {"auglocal": {"depth": 2}, "infopro": {"lam
 # by the trials of docs/accuracy.md; DGL has AugLocal's, whose loss it shares
 RATES: dict[tuple[str, str], tuple[str, float]] = {
     ("resnet20", "bp"): ("sgd", 0.1),
-    ("resnet20", "predsim"): ("adam", 0.002),
+    ("resnet20", "predsim"): ("adam", 0.005),
     ("resnet20", "auglocal"): ("sgd", 0.1),
-    ("resnet20", "infopro"): ("sgd", 0.1),
+    ("resnet20", "infopro"): ("sgd", 0.3),
     ("resnet20", "dgl"): ("sgd", 0.1),
     ("vgg8b", "bp"): ("sgd", 0.03),
-    ("vgg8b", "predsim"): ("adam", 0.002),
+    ("vgg8b", "predsim"): ("adam", 0.005),
     ("vgg8b", "auglocal"): ("sgd", 0.03),
     ("vgg8b", "infopro"): ("sgd", 0.1),
 }
@@ -362,37 +362,38 @@ Runs = list[dict[str, Any]]  # of one case, by seed
 
 
 def compared(records: Runs) -> dict[tuple[str, str], dict[str, Runs]]:
-    """The runs of the ``methods`` suite by (data, model), then method; only seeds that BP has too."""
+    """The runs of the ``methods`` suite by (data, model), then method; only seeds that all its methods have."""
     found: dict[tuple[str, str], dict[str, Runs]] = {}
     for data in SETS:
         for model in NETS:
             chosen = [r for r in records if _is(r, data, model) and r["case"]["blocks"] is None]
-            of_pair = {method: _by_seed(chosen, method) for method in NAMES}
-            seeds = {r["case"]["seed"] for r in of_pair["bp"]}
-            of_pair = {m: [r for r in runs if r["case"]["seed"] in seeds] for m, runs in of_pair.items()}
-            if seeds:
-                found[data, model] = {method: runs for method, runs in of_pair.items() if runs}
+            of_pair = {method: runs for method in NAMES if (runs := _by_seed(chosen, method))}
+            if "bp" not in of_pair:
+                continue
+            common = set.intersection(*({r["case"]["seed"] for r in runs} for runs in of_pair.values()))
+            if common:
+                found[data, model] = {
+                    method: [r for r in runs if r["case"]["seed"] in common] for method, runs in of_pair.items()
+                }
     return found
 
 
 def against_blocks(records: Runs) -> dict[int, Runs]:
-    """DGL's runs of ResNet-20 on CIFAR-10 by number of blocks, with BP's as 1; none where BP's are missing."""
-    bp = compared(records).get(("cifar10", "resnet20"), {}).get("bp")
-    if bp is None:
-        return {}
-    chosen = _by_seed([r for r in records if _is(r, "cifar10", "resnet20")], "dgl")
-    seeds = {r["case"]["seed"] for r in bp}
-    found = {1: bp}
-    for count in sorted({r["blocks"] for r in chosen}):
-        runs = [r for r in chosen if r["blocks"] == count and r["case"]["seed"] in seeds]
-        if runs:
-            found[count] = runs
-    return found
+    """DGL's runs of ResNet-20 on CIFAR-10 by number of blocks, with BP's as 1; seeds that all of them have."""
+    chosen = [r for r in records if _is(r, "cifar10", "resnet20")]
+    found = {1: _by_seed(chosen, "bp")}
+    dgl = _by_seed(chosen, "dgl")
+    for count in sorted({r["blocks"] for r in dgl}):
+        found[count] = [r for r in dgl if r["blocks"] == count]
+    common = set.intersection(*({r["case"]["seed"] for r in runs} for runs in found.values()))
+    return {k: [r for r in runs if r["case"]["seed"] in common] for k, runs in found.items()} if common else {}
 
 
 def _is(record: dict[str, Any], data: str, model: str) -> bool:
-    """A run of that set and net, of the suites' size."""
+    """A run of that set and net, of the suites' size and learning rate."""
     case, usual = record["case"], asdict(Case(data, model=model))
+    if RATES.get((model, case["method"])) != (case["optimizer"], case["lr"]):
+        return False
     return all(
         case[key] == usual[key] for key in ("data", "model", "held_out", "epochs", "batch_size", "train", "test")
     )
@@ -498,9 +499,8 @@ def _draw_heads(path: Path, groups: dict[tuple[str, str], dict[str, Runs]]) -> N
         for method, runs in groups[key].items():
             values = _means([record["accuracies"] for record in runs])
             if method == "bp":
-                axis.axhline(values[-1], color=_COLOR[method], linestyle="--", linewidth=1.4)
-                where = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": 9}
-                axis.annotate(f"BP {values[-1]:.1f}", (0.8, values[-1]), **where)
+                axis.plot([0.7, longest], values * 2, "--", color=_COLOR[method], linewidth=1.4)
+                ends[method] = values[-1]
                 continue
             # every unit is a block, but the last block holds all that is left of the network
             units = [*range(1, len(values)), longest]
@@ -525,8 +525,8 @@ def _draw_blocks(path: Path, of_blocks: dict[int, Runs]) -> None:
         axis.plot(list(points), list(points.values()), style, color=color, label=name, linewidth=1.8, markersize=5)
         for k, value in points.items():
             if k > 1:
-                look = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "color": color}
-                axis.annotate(f"{value:+.1f}", (k, value), xytext=(0, 6), **look)
+                look = {"textcoords": "offset points", "ha": "left", "fontsize": 9, "color": color}
+                axis.annotate(f"{value:+.1f}", (k, value), xytext=(6, 3), **look)
     axis.set_title("DGL on CIFAR-10: points of accuracy against BP, by number of blocks", fontsize=11, loc="left")
     axis.set_xscale("log", base=2)
     ticks = sorted({*of_blocks, *PUBLISHED_DGL})
@@ -535,7 +535,7 @@ def _draw_blocks(path: Path, of_blocks: dict[int, Runs]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.legend(frameon=False, fontsize=9, loc="lower left")
-    axis.margins(y=0.12)
+    axis.margins(x=0.08, y=0.12)
     fig.savefig(path, dpi=120)
 
 

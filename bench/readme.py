@@ -167,7 +167,7 @@ def accuracy_conditions_part(root: Path) -> str:
 
 def accuracy_commands_part(root: Path) -> str:
     records = accuracy.read(root / accuracy.RESULTS)
-    lines = [record["case"] for record in records if not record["case"]["held_out"]]
+    lines = [record["case"] for record in records if not record["case"]["held_out"] and record["case"]["seed"] == 0]
     commands = [accuracy.Case(**case).command(f"{case['data']}.npz") for case in lines]
     return "\n".join(["```", *commands, "```"]) if commands else "No run is recorded here yet."
 
