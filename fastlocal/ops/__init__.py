@@ -2,6 +2,9 @@
 
 from fastlocal.ops._dispatch import BACKENDS, Choice, backend, explain
 from fastlocal.ops.bn_act import bn_act
+from fastlocal.ops.ema_update import ema_update_
+from fastlocal.ops.fused_adamw import FusedAdamW, fused_adamw_
+from fastlocal.ops.fused_sgd import FusedSGD, fused_sgd_
 from fastlocal.ops.pool_linear_cross_entropy import (
     pool_linear_cross_entropy,
     pool_linear_cross_entropy_value_and_grad,
@@ -10,9 +13,14 @@ from fastlocal.ops.pool_linear_cross_entropy import (
 __all__ = [
     "BACKENDS",
     "Choice",
+    "FusedAdamW",
+    "FusedSGD",
     "backend",
     "bn_act",
+    "ema_update_",
     "explain",
+    "fused_adamw_",
+    "fused_sgd_",
     "pool_linear_cross_entropy",
     "pool_linear_cross_entropy_value_and_grad",
 ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlocal.reference.bn_act import bn_act
+from fastlocal.reference.ema_update import ema_update_
+from fastlocal.reference.fused_adamw import fused_adamw_
+from fastlocal.reference.fused_sgd import fused_sgd_
 from fastlocal.reference.pool_linear_cross_entropy import (
     pool_linear_cross_entropy,
     pool_linear_cross_entropy_value_and_grad,
@@ -13,7 +16,15 @@ from fastlocal.reference.pool_linear_cross_entropy import (
 if TYPE_CHECKING:
     from fastlocal.reference.step import train_step
 
-__all__ = ["bn_act", "pool_linear_cross_entropy", "pool_linear_cross_entropy_value_and_grad", "train_step"]
+__all__ = [
+    "bn_act",
+    "ema_update_",
+    "fused_adamw_",
+    "fused_sgd_",
+    "pool_linear_cross_entropy",
+    "pool_linear_cross_entropy_value_and_grad",
+    "train_step",
+]
 
 
 def __getattr__(name: str) -> Any:
