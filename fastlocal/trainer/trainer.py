@@ -246,9 +246,9 @@ class Trainer:
             "split": "val",
         }
         with Signals() as signals, Bar(batches, self.model.method.name, **style) as bar:
-            self._logs.start(self._config)
-            self.callbacks.on_fit_start(self)
             try:
+                self._logs.start(self._config)
+                self.callbacks.on_fit_start(self)
                 while self.epoch < epochs and not self._stopping():
                     bar.label = f"{self.model.method.name} {self.epoch + 1}/{epochs}"
                     self._train_epoch(source, limit, bar, signals)
@@ -260,11 +260,14 @@ class Trainer:
                     self._recalibrate(source, test, signals)
                 self.callbacks.on_fit_end(self)
             except Leave:
-                self._save()
+                self._save(self._last_metric())
                 raise signals.farewell() from None
             except BaseException as error:
                 if isinstance(error, NonFiniteError):
-                    self._dump(error.step, str(error), source)
+                    try:
+                        self._dump(error.step, str(error), source)
+                    except Exception as problem:  # the error itself matters more
+                        warnings.warn(f"its batch cannot be written out: {problem}", RuntimeWarning, stacklevel=2)
                 self.callbacks.on_exception(self, error)
                 raise
             finally:
