@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
+from fastlocal import ops, reference
 from fastlocal.errors import BackendError
 from fastlocal.ops import pool_linear_cross_entropy_value_and_grad as operator
 from fastlocal.reference import pool_linear_cross_entropy_value_and_grad as specification
@@ -42,6 +43,49 @@ def inputs(
     return [x, (torch.randn(classes, channels) / channels**0.5).to(dtype), torch.randn(classes).to(dtype), target]
 
 
+# Operator, dtype of the parameters and of the gradients, with all that it can do. Views lie off the 16 bytes.
+UPDATES = [
+    ("ema_update_", torch.float32, torch.float16, False),
+    ("ema_update_", torch.float32, torch.float32, True),
+    ("fused_sgd_", torch.float32, torch.float32, False),
+    ("fused_sgd_", torch.float32, torch.bfloat16, True),
+    ("fused_adamw_", torch.float32, torch.float32, False),
+    ("fused_adamw_", torch.float32, torch.bfloat16, True),
+]
+
+
+def update(name: str, dtype: torch.dtype, other: torch.dtype, full: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """What an operator on lists writes, on the device, and the same by its specification in float64."""
+    sizes = [1, 3, 31, 2047, 2048, 2049, 5000]
+    whole = [torch.rand(sum(sizes) + 1) for _ in range(5)]
+
+    def lists(to: torch.dtype, grads: torch.dtype, device: str) -> list[list[Tensor]]:
+        made = [w.to(device, grads if i == 1 else to, copy=True) for i, w in enumerate(whole)]
+        return [list(w[1:].split(sizes)) if full else [t.clone() for t in w[1:].split(sizes)] for w in made]
+
+    out = []
+    for module, to, grads, device, extra in (
+        (ops, dtype, other, DEVICE, {"impl": "triton"}),
+        (reference, torch.float64, torch.float64, "cpu", {}),
+    ):
+        p, g, m, v, a = lists(to, grads, device)
+        run = getattr(module, name)
+        if name == "ema_update_":
+            run(p, g, 0.9, **extra)
+            out.append(p)
+            continue
+        options = {"lr": 0.1, **extra}
+        if full:
+            found = torch.zeros((), device=device)
+            options |= {"averages": a, "ema_decay": 0.9, "max_norm": 1.0, "found_inf": found, "check": True}
+        if name == "fused_sgd_":
+            run(p, g, m, momentum=0.9, **options)
+        else:
+            run(p, g, m, v, [torch.zeros((), device=device) for _ in p], **options)
+        out.append([*p, *m, *v, *a])
+    return out[0], out[1]
+
+
 def main() -> int:
     """Returns 1 where a result is wrong. Prints how many launches were right."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -65,7 +109,21 @@ def main() -> int:
             if name != "correct" and not (g - t).norm() <= bound * t.norm():
                 wrong += 1
                 print(f"{case}: {name} is off by {(g - t).norm():.3g} of {t.norm():.3g}")
-    print(f"{done} of {len(CASES)} calls on {DEVICE}, {wrong} wrong results")
+    for case in UPDATES:
+        torch.manual_seed(0)
+        try:
+            got, truth = update(*case)
+        except BackendError as error:
+            print(f"{case}: not run: {error}")
+            continue
+        done += 1
+        bound = 1e-5 if case[2] == torch.float32 else 2e-2
+        for i, (g, t) in enumerate(zip(got, truth, strict=True)):
+            g = g.double().cpu()
+            if not (g - t).norm() <= bound * t.norm():
+                wrong += 1
+                print(f"{case}: tensor {i} is off by {(g - t).norm():.3g} of {t.norm():.3g}")
+    print(f"{done} of {len(CASES) + len(UPDATES)} calls on {DEVICE}, {wrong} wrong results")
     return int(wrong > 0 or done == 0)
 
 

@@ -82,6 +82,13 @@ class Update:
         self.averages = draw(shapes, average_dtype) if average_dtype else []
         self.copies = [torch.full_like(p, float("nan"), dtype=copy_dtype) for p in self.params] if copy_dtype else []
 
+    def to(self, device: str) -> Update:
+        """The same on a device, in place."""
+        for name in ("params", "grads", "averages", "copies"):
+            setattr(self, name, [t.to(device) for t in getattr(self, name)])
+        self.state = [[t.to(device) for t in row] for row in self.state]
+        return self
+
     @property
     def written(self) -> list[Tensor]:
         return [*self.params, *[t for row in self.state for t in row], *self.averages, *self.copies]
