@@ -630,7 +630,7 @@ def conditions(records: Runs) -> str:
     count = values(lambda r: f"{r['samples']['train']:,} training and {r['samples']['test']:,} test images")
     return (
         f"{count} of each set, equally many of each class, {values(lambda r: r['case']['epochs'])} epochs, batch "
-        f"{values(lambda r: r['case']['batch_size'])}, {values(lambda r: r['case']['precision'])}, seeds "
+        f"{values(lambda r: r['case']['batch_size'])}, {values(lambda r: r['case']['precision'])}, seed "
         f"{values(lambda r: r['case']['seed'])}, {values(lambda r: r['machine']['cpu'])}, "
         f"{values(lambda r: r['case']['threads'])} thread, torch {values(lambda r: r['machine']['torch'])}, fastlocal "
         f"{values(lambda r: r['machine']['commit'])}."

@@ -167,8 +167,9 @@ def accuracy_conditions_part(root: Path) -> str:
 
 def accuracy_commands_part(root: Path) -> str:
     records = accuracy.read(root / accuracy.RESULTS)
-    lines = [record["case"] for record in records if not record["case"]["held_out"] and record["case"]["seed"] == 0]
-    commands = [accuracy.Case(**case).command(f"{case['data']}.npz") for case in lines]
+    groups = [*accuracy.compared(records).values(), accuracy.against_blocks(records)]
+    cases = [accuracy.Case(**runs[0]["case"]) for of_case in groups for runs in of_case.values()]  # type: ignore[attr-defined]
+    commands = dict.fromkeys(case.command(f"{case.data}.npz") for case in cases)
     return "\n".join(["```", *commands, "```"]) if commands else "No run is recorded here yet."
 
 
