@@ -61,12 +61,14 @@ def traits(*lists: Sequence[Tensor]) -> Traits:
 
 @functools.lru_cache(maxsize=8192)
 def _same_memory(shape: torch.Size, *strides: tuple[int, ...]) -> bool:
+    if 0 in shape:
+        return True
     places = [tuple(s for n, s in zip(shape, stride) if n != 1) for stride in strides]
     if len(set(places)) > 1:
         return False
     expected = 1
     for stride, n in sorted(zip(places[0], [n for n in shape if n != 1])):
-        if stride != expected and 0 not in shape:
+        if stride != expected:
             return False
         expected *= n
     return True

@@ -160,6 +160,14 @@ def test_any_strides():
             torch.testing.assert_close(g, e)
 
 
+def test_the_average_follows_the_parameter_as_it_is_stored():
+    case = make("average", SHAPES, torch.float16)
+    options = options_of("average") | {"ema_decay": 0.0}
+    got, _ = case.run(served_by(None), **options)
+    n = len(case.params)
+    assert same_bits(got[-n:], [p.float() for p in got[:n]])
+
+
 def test_version_counters():
     case = make("all", copy_dtype=torch.bfloat16)
     for impl in IMPLS:

@@ -183,6 +183,14 @@ def test_the_corrections_do_not_lose_digits():
         torch.testing.assert_close(p[0].double(), torch.full((1000,), expected).double(), rtol=3e-7, atol=0)
 
 
+def test_the_average_follows_the_parameter_as_it_is_stored():
+    case = make("average", SMALL, torch.float16)
+    options = options_of("average") | {"ema_decay": 0.0}
+    got, _ = case.run(triton, **options)
+    n = len(case.params)
+    assert same_bits(got[-n:], [p.float() for p in got[:n]])
+
+
 def test_channels_last():
     case = make("all", [(4, 6, 5, 3)])
     for row in (case.params, case.grads, *case.state[:2], case.averages):

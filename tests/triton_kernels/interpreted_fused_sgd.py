@@ -169,6 +169,14 @@ def test_nothing_around_is_touched():
         assert torch.equal(whole[name][~inside], before[name][~inside])
 
 
+def test_the_average_follows_the_parameter_as_it_is_stored():
+    case = make("average", SMALL, torch.float16)
+    options = options_of("average") | {"ema_decay": 0.0}
+    got, _ = case.run(triton, **options)
+    n = len(case.params)
+    assert same_bits(got[-n:], [p.float() for p in got[:n]])
+
+
 def test_channels_last():
     case = make("all", [(4, 6, 5, 3)])
     for row in (case.params, case.grads, case.state[0], case.averages):
