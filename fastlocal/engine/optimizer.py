@@ -16,6 +16,7 @@ NamedParams = list[tuple[str, nn.Parameter]]
 OptimizerFactory = Callable[[NamedParams], torch.optim.Optimizer]
 
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+_HALF = (torch.bfloat16, torch.float16)
 _FORMS = ("foreach", "fused", "capturable", "differentiable")  # options that choose an implementation
 
 
@@ -216,6 +217,8 @@ def _use_fused(inner: torch.optim.Optimizer | None) -> None:
         tensors: list[Tensor] = group["params"]
         if chosen or isinstance(group["lr"], Tensor) or not all(p.is_floating_point() for p in tensors):
             return
+        if type(inner) is torch.optim.SGD and any(p.dtype in _HALF and p.device.type == "cpu" for p in tensors):
+            return  # fused SGD leaves most of them as they are (pytorch issue 191763)
     for group in inner.param_groups:
         group["fused"] = True
     inner.defaults["fused"] = True

@@ -299,3 +299,18 @@ def test_an_engine_step_leaves_no_gradient() -> None:
     engine.step(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)))
     assert all(p.grad is None for p in model.parameters())
     assert isinstance(engine.optimizer, fl.LocalOptimizer) and set(engine.optimizer.state) == set(model.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_half_precision_parameters_move(kind: type[torch.optim.Optimizer]) -> None:
+    """PyTorch 2.13's fused SGD leaves whole vectors of half-precision parameters on a CPU as they are."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    model = fl.localize(fl.models.ResNetCIFAR(1, width=8), "dgl", blocks=2, sample=x).bfloat16()
+    optimizer = fl.LocalOptimizer(model, lambda named: kind(named, lr=1.0), fused=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, old in zip(model.parameters(), before):
+        assert not (p == old).any()
