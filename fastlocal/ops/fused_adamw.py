@@ -156,6 +156,12 @@ _dispatch.register(
 )
 
 
+def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Kernels that one call of torch.ops.fastlocal.fused_adamw_ launches where Triton serves it."""
+    call = dict(zip([argument.name for argument in _operator._schema.arguments], args)) | kwargs
+    return 1 + (call["max_norm"] is not None or call["check"])
+
+
 def _run(
     params: list[Tensor],
     grads: list[Tensor],

@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fastlocal.ops.fused_adamw import triton_launches
 from fastlocal.triton_kernels import fused_adamw as kernels
 from fastlocal.triton_kernels import optimizer_step
-from tests.ops.test_fused_adamw import make, options_of
+from tests.ops.test_fused_adamw import call, make, options_of
 from tests.triton_kernels.ahead import SHARED_LIMIT, Recorder, compile_for, cuobjdump
 
 HERE = Path(__file__).parent
@@ -87,6 +88,7 @@ def test_launches(recorded):
             recorder.calls.clear()
         launch(make(name, SHAPES), options_of(name))
         assert [len(r.calls) for r in recorded] == [1, before], name
+        assert triton_launches(call(name, "triton"), {}) == 1 + before
 
 
 def test_numbers_and_tensors_need_no_new_variant(recorded):
