@@ -475,7 +475,7 @@ def _label(axis: Any, x: float, ends: dict[str, float]) -> None:
 
 def _draw_curves(path: Path, groups: dict[tuple[str, str], dict[str, Runs]]) -> None:
     seeds = max(len(runs) for of_pair in groups.values() for runs in of_pair.values())
-    of = "one seed" if seeds == 1 else f"mean of {seeds} seeds (each of them: faint)"
+    of = "one seed" if seeds == 1 else "one seed (where there are more: their mean, each of them faint)"
     fig, panels = _panels(f"Test accuracy by epoch, %: short runs on part of the data, {of}", groups)
     for key, axis in panels:
         for method, runs in groups[key].items():
@@ -628,10 +628,16 @@ def conditions(records: Runs) -> str:
         return ", ".join(dict.fromkeys(str(read(record)) for record in chosen))
 
     count = values(lambda r: f"{r['samples']['train']:,} training and {r['samples']['test']:,} test images")
+    more = [
+        f"{SETS[data]}, {NETS[model]}: mean of {len(of_pair['bp'])}"
+        for (data, model), of_pair in compared(records).items()
+        if len(of_pair["bp"]) > 1
+    ]
+    seeds = f"one seed{' (' + '; '.join(more) + ')' if more else ''}"
     return (
         f"{count} of each set, equally many of each class, {values(lambda r: r['case']['epochs'])} epochs, batch "
-        f"{values(lambda r: r['case']['batch_size'])}, {values(lambda r: r['case']['precision'])}, seed "
-        f"{values(lambda r: r['case']['seed'])}, {values(lambda r: r['machine']['cpu'])}, "
+        f"{values(lambda r: r['case']['batch_size'])}, {values(lambda r: r['case']['precision'])}, {seeds}, "
+        f"{values(lambda r: r['machine']['cpu'])}, "
         f"{values(lambda r: r['case']['threads'])} thread, torch {values(lambda r: r['machine']['torch'])}, fastlocal "
         f"{values(lambda r: r['machine']['commit'])}."
     )
