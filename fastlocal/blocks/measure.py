@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from fastlocal.errors import ArgumentError
+from fastlocal.ops.similarity_matching_loss import launches as _similarity_launches
+from fastlocal.ops.supervised_contrastive_loss import launches as _contrastive_launches
 
 __all__ = [
     "LaunchCounter",
@@ -86,6 +88,8 @@ _REDUCTIONS = {"_foreach_norm", "_foreach_max", "_foreach_powsum"}
 _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] = {
     "fastlocal::bn_act_forward": 2,  # statistics; normalise, add, activate
     "fastlocal::bn_act_backward": 2,  # both reductions; dx and the residual's gradient
+    "fastlocal::similarity_matching_loss": _similarity_launches,  # no kernels of their own: ATen's
+    "fastlocal::supervised_contrastive_loss": _contrastive_launches,
 }
 
 # Limits of ATen's multi_tensor_apply, by number of tensor lists (1 to 5). They are those of a 4 KB kernel argument;

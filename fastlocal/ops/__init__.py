@@ -9,6 +9,11 @@ from fastlocal.ops.pool_linear_cross_entropy import (
     pool_linear_cross_entropy,
     pool_linear_cross_entropy_value_and_grad,
 )
+from fastlocal.ops.similarity_matching_loss import similarity_matching_loss, similarity_matching_loss_value_and_grad
+from fastlocal.ops.supervised_contrastive_loss import (
+    supervised_contrastive_loss,
+    supervised_contrastive_loss_value_and_grad,
+)
 
 __all__ = [
     "BACKENDS",
@@ -23,4 +28,8 @@ __all__ = [
     "fused_sgd_",
     "pool_linear_cross_entropy",
     "pool_linear_cross_entropy_value_and_grad",
+    "similarity_matching_loss",
+    "similarity_matching_loss_value_and_grad",
+    "supervised_contrastive_loss",
+    "supervised_contrastive_loss_value_and_grad",
 ]

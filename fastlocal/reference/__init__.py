@@ -12,6 +12,17 @@ from fastlocal.reference.pool_linear_cross_entropy import (
     pool_linear_cross_entropy,
     pool_linear_cross_entropy_value_and_grad,
 )
+from fastlocal.reference.similarity_matching_loss import (
+    similarity_matching_loss,
+    similarity_matching_loss_value_and_grad,
+    similarity_matrix,
+    target_similarity,
+)
+from fastlocal.reference.supervised_contrastive_loss import (
+    positive_weights,
+    supervised_contrastive_loss,
+    supervised_contrastive_loss_value_and_grad,
+)
 
 if TYPE_CHECKING:
     from fastlocal.reference.step import train_step
@@ -23,6 +34,13 @@ __all__ = [
     "fused_sgd_",
     "pool_linear_cross_entropy",
     "pool_linear_cross_entropy_value_and_grad",
+    "positive_weights",
+    "similarity_matching_loss",
+    "similarity_matching_loss_value_and_grad",
+    "similarity_matrix",
+    "supervised_contrastive_loss",
+    "supervised_contrastive_loss_value_and_grad",
+    "target_similarity",
     "train_step",
 ]
 

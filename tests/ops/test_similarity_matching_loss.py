@@ -1,0 +1,366 @@
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlocal import ops, reference
+from fastlocal.blocks.measure import LaunchCounter, SavedBytes
+from fastlocal.errors import ArgumentError, BackendError
+from fastlocal.ops import similarity_matching_loss, similarity_matching_loss_value_and_grad
+from tests.ops.cases import assert_within_error_rule
+from tests.ops.losses import DTYPES, SYNCS, Trace, poisoned, with_gradient
+
+IMPLS = ("aten", "reference")
+OPERATOR = torch.ops.fastlocal.similarity_matching_loss.default
+MODULE = sys.modules["fastlocal.ops.similarity_matching_loss"]
+CLASSES = 5
+LABELS = ("few", "one", "different", "probabilities")
+# Vectors, maps, maps and tokens that are taken flat, tokens.
+SHAPES = [(1,), (16,), (127,), (2048,), (16, 8, 8), (8, 7, 9), (3, 5, 5), (8, 1, 5), (6, 16), (1, 7), (5, 3)]
+
+
+def over_positions(x):
+    """The deviation of every channel, or the flat features; and whether there are positions."""
+    if x.dim() == 4 and x.shape[1] > 3 and x.shape[2] > 1:
+        return x.flatten(2).std(2), True
+    if x.dim() == 3 and x.shape[2] > 3 and x.shape[1] > 1:
+        return x.std(1), True
+    return x.flatten(1), False
+
+
+def similarity(x):
+    x = over_positions(x)[0]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x - x.mean(1, keepdim=True)
+    x = x / (x.norm(dim=1, keepdim=True) + 1e-8)
+    return (x @ x.T).clamp(-1, 1)
+
+
+def wanted(x, target):
+    """The targets' matrix, rounded once: its error, which is the same for every pair, is not the operator's."""
+    onehot = target if target.is_floating_point() else F.one_hot(target, classes(target))
+    return similarity(onehot.double()).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def plain(x, target):
+    """What a user writes: the deviation in the dtype of x, the matrices in float32, autograd."""
+    return F.mse_loss(similarity(x), wanted(x, target))
+
+
+def labels(kind, rows):
+    if kind == "probabilities":
+        return torch.rand(rows, CLASSES).softmax(1)
+    return {"few": torch.randint(4, (rows,)), "one": torch.full((rows,), 3), "different": torch.arange(rows)}[kind]
+
+
+def classes(target):
+    return max(CLASSES, len(target))
+
+
+def check(got, x, target, what):
+    same, truth = (with_gradient(lambda t: plain(t, target), t) for t in (x, x.double()))
+    # What cancels: the mean is taken from numbers that may be close to each other, so one rounding of the largest of them
+    # grows by the ratio; then S - T, of numbers up to 1, over the rows.
+    z, _ = over_positions(x.double())
+    norm = (z - z.mean(1, keepdim=True)).norm(dim=1) + 1e-8
+    spread = (1 + z.abs().amax(1) / norm).max().item()
+    terms = (2 * spread * truth[0].sqrt().item() + spread**2 * torch.finfo(got[0].dtype).eps,)
+    terms += (4 * spread / (norm.min().item() * len(x)),)
+    assert got[1].shape == x.shape and got[1].dtype == x.dtype
+    assert got[0].dtype == torch.promote_types(x.dtype, torch.float32)
+    for name, g, s, t, size in zip(("loss", "gradient"), got, same, truth, terms):
+        assert g.isfinite().all(), f"{what} {name}"
+        if s.isfinite().all():  # the deviation of large float16 features overflows there, not here
+            assert_within_error_rule(g, s, t, f"{what} {name}", size)
+
+
+def both_forms(x, target, impl):
+    matched = wanted(x, target)
+    yield with_gradient(lambda t: similarity_matching_loss(t, target, 0, matched, impl=impl), x)
+    yield similarity_matching_loss_value_and_grad(x, target, 0, matched, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 31, 63, 127])
+def test_ragged_sizes_and_both_forms(rows, shape, impl):
+    torch.manual_seed(rows + shape[0])
+    for dtype in DTYPES:
+        for kind in LABELS:
+            x, target = torch.randn(rows, *shape).to(dtype), labels(kind, rows)
+            for got in both_forms(x, target, impl):
+                check(got, x, target, f"{dtype} {kind}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(127,), (16, 8, 8)])
+def test_a_thousand_rows(shape, dtype, impl):
+    torch.manual_seed(0)
+    x, target = torch.randn(1000, *shape).to(dtype), labels("few", 1000)
+    for got in both_forms(x, target, impl):
+        check(got, x, target, str(dtype))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale, shift", [(1e-3, 0.0), (1e4, 0.0), (1.0, 30.0)])
+@pytest.mark.parametrize("shape", [(16,), (16, 8, 8), (16, 8)])
+def test_large_small_and_shifted_features(shape, scale, shift, impl):
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        x, target = (torch.randn(31, *shape) * scale + shift).to(dtype), labels("few", 31)
+        for got in both_forms(x, target, impl):
+            check(got, x, target, f"{dtype} {scale} {shift}")
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_both_ways_to_the_deviation(layout, on_cpu, monkeypatch):
+    """The CPU has its own; the other devices' runs here too."""
+    if not on_cpu:
+        monkeypatch.setattr(MODULE, "_deviation_on_the_cpu", MODULE._deviation)
+    torch.manual_seed(0)
+    for rows in (3, 63):
+        x, target = torch.randn(rows, 16, 9, 7).to(memory_format=layout), labels("few", rows)
+        for got in both_forms(x, target, "aten"):
+            check(got, x, target, f"{layout}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_keeps_the_layout(impl):
+    x, target = torch.randn(5, 8, 4, 6).to(memory_format=torch.channels_last), labels("few", 5)
+    for _, grad in both_forms(x, target, impl):
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(5,), (5, 3, 3), (4, 6)])
+def test_dead_rows_and_channels(shape, impl):
+    """No variance over positions, or over channels: the gradient is PyTorch's, and finite."""
+    torch.manual_seed(0)
+    x, target = torch.randn(5, *shape, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 2])
+    x[1] = 0
+    if len(shape) > 1:
+        x[2].select(0 if len(shape) == 3 else 1, 1).fill_(0.25)
+    expected = with_gradient(lambda t: plain(t, target), x)
+    assert expected[1].isfinite().all()
+    for got in both_forms(x, target, impl):
+        for g, want in zip(got, expected):
+            torch.testing.assert_close(g, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(3,), (8, 4, 4), (4, 6)])
+def test_empty_batch(shape, impl):
+    loss, grad = similarity_matching_loss_value_and_grad(torch.randn(0, *shape), torch.arange(0), 3, impl=impl)
+    assert loss.isnan() and grad.shape == (0, *shape)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shared_target_matrix(impl):
+    torch.manual_seed(0)
+    x, target = torch.randn(9, 8, 3, 3), labels("few", 9)
+    shared = reference.target_similarity(target, CLASSES)
+    expected = similarity_matching_loss_value_and_grad(x, target, CLASSES, impl=impl)
+    for got, want in zip(similarity_matching_loss_value_and_grad(x, target, CLASSES, shared, impl=impl), expected):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("shape", [(6,), (4, 3, 2), (3, 5)])
+def test_gradcheck(shape, kind, impl):
+    torch.manual_seed(0)
+    x, target = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True), labels(kind, 4)
+    assert torch.autograd.gradcheck(lambda t: similarity_matching_loss(t, target, CLASSES, impl=impl), x)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 3, 2), (3, 5)])
+def test_the_specification_has_all_orders_and_its_closed_form(shape):
+    torch.manual_seed(0)
+    x, target = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True), labels("few", 4)
+
+    def loss(t):
+        return reference.similarity_matching_loss(t, target, CLASSES)
+
+    assert torch.autograd.gradcheck(loss, x) and torch.autograd.gradgradcheck(loss, x)
+    value, grad = reference.similarity_matching_loss_value_and_grad(x.detach(), target, CLASSES, grad_scale=8.0)
+    assert torch.equal(value, loss(x))
+    torch.testing.assert_close(grad, torch.autograd.grad(loss(x) * 8, x)[0], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(16,), (16, 8, 8)])
+def test_the_reference_backend_gives_the_references_numbers(shape):
+    torch.manual_seed(0)
+    x, target = torch.randn(31, *shape), labels("few", 31)
+    expected = reference.similarity_matching_loss_value_and_grad(x, target, CLASSES)
+    with ops.backend("reference"):
+        got = with_gradient(lambda t: similarity_matching_loss(t, target, CLASSES), x)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected))
+    assert torch.equal(got[0], reference.similarity_matching_loss(x, target, CLASSES))
+    assert ops.explain(similarity_matching_loss, x, target, CLASSES).chosen == "aten"
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = similarity_matching_loss(x, torch.tensor([0, 1, 0, 1]), 2)
+    (grad,) = torch.autograd.grad(loss**2, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(6, 4), (8, 4, 6)])
+def test_any_strides_and_the_input_is_left_alone(shape, impl):
+    torch.manual_seed(0)
+    x, target = torch.randn(9, *shape), labels("few", 9)
+    expected = similarity_matching_loss_value_and_grad(x, target, CLASSES, impl=impl)
+    others = [x.transpose(1, 2).contiguous().transpose(1, 2), torch.randn(18, *shape)[::2].copy_(x)]
+    others.append(torch.stack([x, x], -1)[..., 0])
+    for other in others:
+        before = other.clone()
+        for got, want in zip(similarity_matching_loss_value_and_grad(other, target, CLASSES, impl=impl), expected):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        assert torch.equal(other, before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_scale_and_float16(impl):
+    """Gradients that float16 cannot hold unscaled come out right under a loss scale, in both forms."""
+    torch.manual_seed(0)
+    x, target, scale = (torch.randn(128, 16, 16, 16) * 100).half(), labels("few", 128), 2.0**16
+    truth = with_gradient(lambda t: plain(t, target), x.double())[1] * scale
+    unscaled = similarity_matching_loss_value_and_grad(x, target, 128, impl=impl)[1]
+    assert (unscaled.double() * scale - truth).norm() > 5e-3 * truth.norm()
+    scaled = with_gradient(lambda t: similarity_matching_loss(t, target, 128, impl=impl) * scale, x)[1]
+    direct = similarity_matching_loss_value_and_grad(x, target, 128, grad_scale=scale, impl=impl)[1]
+    for grad in (scaled, direct):
+        assert (grad.double() - truth).norm() < 1e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(6,), (8, 3, 3)])
+def test_autocast_changes_nothing(shape, impl):
+    torch.manual_seed(0)
+    x, target = torch.randn(9, *shape), labels("few", 9)
+    expected = similarity_matching_loss_value_and_grad(x, target, CLASSES, impl=impl)
+    specified = reference.similarity_matching_loss(x, target, CLASSES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = similarity_matching_loss_value_and_grad(x, target, CLASSES, impl=impl)
+        assert torch.equal(reference.similarity_matching_loss(x, target, CLASSES), specified)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(6,), (8, 3, 3), (3, 5)])
+def test_poisoned_memory(shape, impl, monkeypatch):
+    torch.manual_seed(0)
+    for rows in (1, 9):
+        x, target = torch.randn(rows, *shape), labels("few", rows)
+        clean = list(both_forms(x, target, impl))
+        with poisoned(monkeypatch):
+            assert torch.empty(1).isnan()
+            dirty = list(both_forms(x, target, impl))
+        assert all(torch.equal(a, b) for c, d in zip(clean, dirty) for a, b in zip(c, d))
+
+
+def call(shape, dtype, form, impl="aten"):
+    torch.manual_seed(0)
+    matched = reference.target_similarity(labels("few", 6), CLASSES, torch.promote_types(dtype, torch.float32))
+    return torch.randn(6, *shape).to(dtype), matched, 2.0, form, impl
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", ["value", "grad", "parts"])
+@pytest.mark.parametrize("shape", [(6,), (8, 3, 3), (3, 5)])
+def test_opcheck(shape, form, impl):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.library.opcheck(OPERATOR, call(shape, dtype, form, impl))
+    if len(shape) == 3:
+        x, *rest = call(shape, torch.float32, form, impl)
+        torch.library.opcheck(OPERATOR, (x.to(memory_format=torch.channels_last), *rest))
+
+
+@pytest.mark.parametrize("shape", [(6,), (8, 3, 3), (3, 5)])
+def test_compile_fullgraph_equals_eager(shape):
+    torch.manual_seed(0)
+    x, target = torch.randn(9, *shape, requires_grad=True), labels("few", 9)
+
+    # Given, because this compiler takes the mean in it apart, which may round differently.
+    matched = reference.target_similarity(target, CLASSES)
+
+    def forward(x, target):
+        return similarity_matching_loss(x * 1.5, target, CLASSES, matched)
+
+    eager = forward(x, target)
+    loss = torch.compile(forward, fullgraph=True, backend="aot_eager_decomp_partition")(x, target)
+    assert torch.equal(loss, eager)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], torch.autograd.grad(eager, x)[0])
+    compiled = torch.compile(similarity_matching_loss_value_and_grad, fullgraph=True, backend="aot_eager")
+    args = (x.detach(), target, CLASSES)
+    for got, want in zip(compiled(*args), similarity_matching_loss_value_and_grad(*args)):
+        assert torch.equal(got, want)
+    with ops.backend("native"), pytest.raises(BackendError, match="native"):
+        compiled(*args)
+
+
+@pytest.mark.parametrize("form", ["value", "grad", "parts"])
+@pytest.mark.parametrize("shape", [(6,), (8, 3, 3), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_are_those_that_the_counter_is_told(dtype, shape, form, monkeypatch):
+    """Those of an accelerator, whose deviation is one kernel."""
+    monkeypatch.setattr(MODULE, "_deviation_on_the_cpu", MODULE._deviation)
+    args = call(shape, dtype, form)
+    with LaunchCounter() as inside, Trace() as trace:
+        MODULE._run(*args)
+    assert inside.total == MODULE.launches(args, {}) and not SYNCS & set(trace.names)
+    with LaunchCounter() as outside:
+        OPERATOR(*args)
+    assert outside.total == inside.total
+
+
+def test_what_it_saves_in_launches_and_bytes():
+    torch.manual_seed(0)
+    x, target = torch.randn(64, 16, requires_grad=True), labels("few", 64)
+    matched = reference.target_similarity(target, CLASSES)
+    counts = []
+    for loss in (reference.similarity_matching_loss, similarity_matching_loss):
+        x.grad = None
+        with LaunchCounter() as launches, SavedBytes([x, matched]) as saved:
+            loss(x, target, CLASSES, matched).backward()
+        counts.append((launches.total, saved.peak))
+    assert counts[1] == (21, 64 * 16 * 4)  # one [B, D], no [B, B]
+    assert counts[0][0] >= counts[1][0] + 8 and counts[0][1] > 64 * 64 * 4 + counts[1][1]
+
+
+def test_of_a_map_the_centred_positions_and_a_factor_are_saved():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, target = torch.randn(64, 8, 4, 4).to(dtype).requires_grad_(), labels("few", 64)
+        with SavedBytes() as saved:
+            loss = similarity_matching_loss(x, target, CLASSES)
+        assert saved.peak == x.nbytes + 64 * 8 * 4 and loss.requires_grad
+
+
+X, T = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(features=torch.zeros(4)), r"features has shape \[4\]"),
+        (dict(features=torch.zeros(4, 3, dtype=torch.int64)), "torch.int64; give a floating-point"),
+        (dict(features=torch.zeros(4, 3, 0, 2)), "a sample is empty"),
+        (dict(target=torch.zeros(3, dtype=torch.int64)), r"target has shape \[3\]"),
+        (dict(target=torch.zeros(4)), r"target has shape \[4\] and torch.float32"),
+        (dict(matched=torch.zeros(3, 3)), r"shape \[3, 3\].*take \[4, 4\] in torch.float32"),
+        (dict(matched=torch.zeros(4, 4).double()), "torch.float64; .*target_similarity"),
+        (dict(matched=torch.zeros(4, 4, device="meta")), "is on meta and features on cpu"),
+        (dict(impl="atem"), "impl='atem' is not a backend.*aten"),
+    ],
+)
+def test_refusals(change, message):
+    with pytest.raises(ArgumentError, match=message):
+        similarity_matching_loss(**dict(features=X, target=T, num_classes=3) | change)
+    with pytest.raises(BackendError, match="no such implementation"):
+        similarity_matching_loss(X, T, 3, impl="triton")
