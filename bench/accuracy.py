@@ -540,15 +540,19 @@ def _draw_blocks(path: Path, of_blocks: dict[int, Runs]) -> None:
 
 
 def summary_rows(records: Runs) -> list[list[str]]:
-    """A row a (data, model): accuracy of each method, with its points against BP."""
+    """A row a (data, model): accuracy of each method, its points against BP, and those published where there are any."""
     methods = ("bp", "predsim", "auglocal", "infopro")
     rows = [["", *(NAMES[method] for method in methods)]]
     for (data, model), of_pair in compared(records).items():
         cells = []
         for method in methods:
             runs = of_pair.get(method)
-            shift = "" if method == "bp" or runs is None else f" ({against(runs, of_pair['bp']):+.1f})"
-            cells.append("-" if runs is None else f"{percent(runs):.1f}{shift}")
+            if runs is None or method == "bp":
+                cells.append("-" if runs is None else f"{percent(runs):.1f}")
+                continue
+            known = PUBLISHED.get((data, model, method))
+            there = "" if known is None else f"; {-known.gap:+.2f}"
+            cells.append(f"{percent(runs):.1f} ({against(runs, of_pair['bp']):+.1f}{there})")
         rows.append([f"{SETS[data]}, {NETS[model]}", *cells])
     return rows
 

@@ -49,7 +49,7 @@ def ema_update_part(
 
 
 @triton.jit(do_not_specialize=["N"])  # else a variant for each kind of number
-def ema_update_kernel(
+def fl_ema_update_kernel(
     addresses,  # [2 * N + 1]: averages, sources
     sizes,  # [N]
     codes,  # [2 * N]
@@ -92,7 +92,7 @@ def launch(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float |
     p = plan([averages, sources])
     tensor = isinstance(decay, Tensor)
     with on(averages[0].device):
-        ema_update_kernel[(p.programs,)](
+        fl_ema_update_kernel[(p.programs,)](
             p.addresses,
             p.sizes,
             p.codes,

@@ -75,7 +75,7 @@ def fused_adamw_part(
 
 
 @triton.jit(do_not_specialize=["parts", "N", "lists", "programs"])  # else a variant for each kind of number
-def fused_adamw_kernel(
+def fl_fused_adamw_kernel(
     addresses,  # parameters, gradients, averages of them, of their squares, steps; averages, copies: those that there are
     sizes,
     codes,
@@ -189,7 +189,7 @@ def launch(
         p = plan(lists, scalars=4)
         before = Before(p, 1, device, max_norm, grad_scale, found_inf, check)
         types = iter(p.types[5:])
-        fused_adamw_kernel[(p.programs,)](
+        fl_fused_adamw_kernel[(p.programs,)](
             p.addresses,
             p.sizes,
             p.codes,

@@ -61,7 +61,7 @@ def fused_sgd_part(
 
 
 @triton.jit(do_not_specialize=["parts", "N"])  # else a variant for each kind of number
-def fused_sgd_kernel(
+def fl_fused_sgd_kernel(
     addresses,  # parameters, gradients, momentum, averages, copies: those that there are
     sizes,
     codes,
@@ -153,7 +153,7 @@ def launch(
         p = plan(lists)
         before = Before(p, 1, device, max_norm, grad_scale, found_inf, check)
         types = iter(p.types[2:])
-        fused_sgd_kernel[(p.programs,)](
+        fl_fused_sgd_kernel[(p.programs,)](
             p.addresses,
             p.sizes,
             p.codes,

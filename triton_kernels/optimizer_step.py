@@ -23,7 +23,7 @@ from fastlocal.triton_kernels.multi_tensor import (
 
 
 @triton.jit(do_not_specialize=["first", "programs", "parts"])  # else a variant for each kind of number
-def gradients_kernel(
+def fl_gradients_kernel(
     addresses,
     sizes,
     codes,
@@ -141,7 +141,7 @@ class Before:
         if needed:
             sums = torch.empty(plan.parts, dtype=torch.float32, device=device)
             flags = torch.empty(plan.parts, dtype=torch.int32, device=device)
-            gradients_kernel[(plan.parts,)](
+            fl_gradients_kernel[(plan.parts,)](
                 plan.addresses,
                 plan.sizes,
                 plan.codes,

@@ -49,7 +49,7 @@ def config(channels: int, positions: int, classes: int, channels_last: bool) -> 
 
 
 @triton.jit
-def pool_linear_cross_entropy_fwd_kernel(
+def fl_pool_linear_cross_entropy_fwd_kernel(
     x,
     weight,
     bias,
@@ -168,7 +168,7 @@ def pool_linear_cross_entropy_fwd_kernel(
 
 
 @triton.jit
-def pool_linear_cross_entropy_reduce_kernel(
+def fl_pool_linear_cross_entropy_reduce_kernel(
     target,
     losses,
     hits,
@@ -262,7 +262,7 @@ def launch(
 
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         if rows:
-            pool_linear_cross_entropy_fwd_kernel[(rows,)](
+            fl_pool_linear_cross_entropy_fwd_kernel[(rows,)](
                 x,
                 weight,
                 bias,
@@ -301,7 +301,7 @@ def launch(
                 **OPTIONS,
             )
         block_k = min(64, cfg.block_k)
-        pool_linear_cross_entropy_reduce_kernel[(triton.cdiv(classes, block_k) if need_bias else 1,)](
+        fl_pool_linear_cross_entropy_reduce_kernel[(triton.cdiv(classes, block_k) if need_bias else 1,)](
             target,
             losses,
             hits,

@@ -215,8 +215,8 @@ def records():
 def test_tables(records):
     assert accuracy.summary_rows(records) == [
         ["", "BP", "PredSim", "AugLocal", "InfoPro"],
-        ["CIFAR-10, ResNet-20", "71.0", "51.0 (-20.0)", "67.0 (-4.0)", "-"],
-        ["Fashion-MNIST, VGG8b", "90.0", "90.5 (+0.5)", "-", "-"],
+        ["CIFAR-10, ResNet-20", "71.0", "51.0 (-20.0; -19.66)", "67.0 (-4.0; -0.65)", "-"],
+        ["Fashion-MNIST, VGG8b", "90.0", "90.5 (+0.5; -0.12)", "-", "-"],
     ]
     full = {(row[0], row[1], row[2]): row[3:] for row in accuracy.full_rows(records)}
     assert full["CIFAR-10", "ResNet-20", "AugLocal"][:4] == ["3", "67.0", "65.0, 69.0", "-4.0"]
@@ -249,6 +249,6 @@ def test_parts_of_the_pages(records, tmp_path):
     for record in records:
         accuracy.append(tmp_path / accuracy.RESULTS, record)
     text = readme.fill(page, tmp_path)
-    assert "| CIFAR-10, ResNet-20 | 71.0 | 51.0 (-20.0) | 67.0 (-4.0) | - |" in text
+    assert "| CIFAR-10, ResNet-20 | 71.0 | 51.0 (-20.0; -19.66) | 67.0 (-4.0; -0.65) | - |" in text
     assert "--data fashion_mnist.npz --model vgg8b --method predsim" in text and "--held-out" not in text
     assert readme.fill(text, tmp_path) == text

@@ -39,14 +39,14 @@ def test_one_launch_for_many_tensors_of_mixed_dtypes(monkeypatch):
     averages += [torch.tensor(3), torch.tensor([True, False]), torch.arange(3000, dtype=torch.int32)]
     sources += [torch.tensor(-(2**40)), torch.tensor([False, True]), torch.arange(3000, dtype=torch.int32) - 70000]
     got, launches = clones(averages), []
-    kernel = kernels.ema_update_kernel
+    kernel = kernels.fl_ema_update_kernel
 
     class Counted:
         def __getitem__(self, grid):
             launches.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(kernels, "ema_update_kernel", Counted())
+    monkeypatch.setattr(kernels, "fl_ema_update_kernel", Counted())
     ema_update_(got, sources, 0.9, impl="triton")
     floats = len(MANY)
     truth = loop([a.double() for a in averages[:floats]], [s.double() for s in sources[:floats]], 1 - 0.9)
@@ -127,4 +127,4 @@ def test_version_counters_and_bits():
 
 
 def test_kernels_are_interpreted():
-    assert type(kernels.ema_update_kernel).__name__ == "InterpretedFunction"
+    assert type(kernels.fl_ema_update_kernel).__name__ == "InterpretedFunction"

@@ -47,7 +47,7 @@ def launches(monkeypatch):
             names.append(self.kernel.fn.__name__)
             return self.kernel[grid]
 
-    for module, name in ((kernels, "fused_sgd_kernel"), (optimizer_step, "gradients_kernel")):
+    for module, name in ((kernels, "fl_fused_sgd_kernel"), (optimizer_step, "fl_gradients_kernel")):
         monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     return names
 
@@ -76,11 +76,11 @@ def test_many_tensors_of_mixed_dtypes():
 
 def test_one_launch_or_two(launches):
     make("nesterov", SMALL).run(triton, **options_of("nesterov"))
-    assert launches == ["fused_sgd_kernel"]
+    assert launches == ["fl_fused_sgd_kernel"]
     for name in ("clipped", "all"):
         launches.clear()
         make(name, SMALL).run(triton, **options_of(name))
-        assert launches == ["gradients_kernel", "fused_sgd_kernel"]
+        assert launches == ["fl_gradients_kernel", "fl_fused_sgd_kernel"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -223,5 +223,5 @@ def test_a_run_of_the_optimizer():
 
 
 def test_kernels_are_interpreted():
-    for kernel in (kernels.fused_sgd_kernel, optimizer_step.gradients_kernel):
+    for kernel in (kernels.fl_fused_sgd_kernel, optimizer_step.fl_gradients_kernel):
         assert type(kernel).__name__ == "InterpretedFunction"

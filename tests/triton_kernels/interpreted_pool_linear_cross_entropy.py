@@ -187,4 +187,4 @@ def test_one_class():
 
 
 def test_kernels_are_interpreted():
-    assert type(kernels.pool_linear_cross_entropy_fwd_kernel).__name__ == "InterpretedFunction"
+    assert type(kernels.fl_pool_linear_cross_entropy_fwd_kernel).__name__ == "InterpretedFunction"

@@ -32,8 +32,8 @@ def test_in_the_interpreter():
 @pytest.mark.skipif(cuobjdump() is None, reason="neither Triton nor the system has cuobjdump")
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
 def test_compiles_without_spills(capability, tmp_path, monkeypatch):
-    recorder = Recorder(kernels.ema_update_kernel)
-    monkeypatch.setattr(kernels, "ema_update_kernel", recorder)
+    recorder = Recorder(kernels.fl_ema_update_kernel)
+    monkeypatch.setattr(kernels, "fl_ema_update_kernel", recorder)
     one, wide, half = draw([(5000,), (3,)]), torch.tensor(0.9, dtype=torch.float64), torch.bfloat16
     mixed = [draw([(5000,)])[0], draw([(5,)], half)[0], draw([(5,)], torch.float16)[0], torch.tensor(1)]
     for averages, sources, decay in (

@@ -32,9 +32,9 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    recorders = [Recorder(kernels.fused_sgd_kernel), Recorder(optimizer_step.gradients_kernel)]
-    monkeypatch.setattr(kernels, "fused_sgd_kernel", recorders[0])
-    monkeypatch.setattr(optimizer_step, "gradients_kernel", recorders[1])
+    recorders = [Recorder(kernels.fl_fused_sgd_kernel), Recorder(optimizer_step.fl_gradients_kernel)]
+    monkeypatch.setattr(kernels, "fl_fused_sgd_kernel", recorders[0])
+    monkeypatch.setattr(optimizer_step, "fl_gradients_kernel", recorders[1])
     return recorders
 
 

@@ -34,7 +34,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    names = ("pool_linear_cross_entropy_fwd_kernel", "pool_linear_cross_entropy_reduce_kernel")
+    names = ("fl_pool_linear_cross_entropy_fwd_kernel", "fl_pool_linear_cross_entropy_reduce_kernel")
     recorders = [Recorder(getattr(kernels, name)) for name in names]
     for name, recorder in zip(names, recorders):
         monkeypatch.setattr(kernels, name, recorder)
