@@ -1,4 +1,4 @@
-"""Losses of blocks and heads, in plain PyTorch.
+"""Losses of blocks and heads: plain PyTorch, and two of the operators of ``fastlocal.ops``.
 
 Each computes in float32 at least (float64 stays), whatever dtype the network runs in and whether or not autocast is on,
 and returns a 0-dim mean over the batch. Pieces that depend on labels or on the image only are functions of their own,
@@ -14,6 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlocal.errors import ArgumentError
+from fastlocal.ops.similarity_matching_loss import similarity_matching_loss, similarity_matrix, target_similarity
+from fastlocal.ops.supervised_contrastive_loss import class_indices, positive_weights, supervised_contrastive_loss
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CausalLMLoss",
+    "class_indices",
+    "cross_entropy",
+    "full_precision",
+    "positive_weights",
+    "reconstruction_loss",
+    "restore_image",
+    "similarity_matching_loss",
+    "similarity_matrix",
+    "supervised_contrastive_loss",
+    "target_similarity",
+]
 
 IGNORE_INDEX = -100
 
@@ -89,98 +106,6 @@ class CausalLMLoss:
 
     def __repr__(self) -> str:
         return f"CausalLMLoss(ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing})"
-
-
-def class_indices(target: Tensor) -> Tensor:
-    """[B] indices; of probabilities [B, V] the most probable class."""
-    return target.argmax(dim=-1) if target.is_floating_point() else target
-
-
-def positive_weights(target: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """For the contrastive loss: which pairs are of one class. Depends on the labels only.
-
-    Args:
-        target: [B] class indices, or probabilities [B, V], which count as their most probable class.
-
-    Returns:
-        weights [B, B]: 1 / (number of positives of row i) where j is another sample of i's class, else 0;
-        has_positive [B]: 1 where the row has a positive, else 0.
-    """
-    labels = class_indices(target)
-    same = labels.unsqueeze(0) == labels.unsqueeze(1)
-    same.fill_diagonal_(False)
-    count = same.sum(dim=1, keepdim=True)
-    return same.to(dtype) / count.clamp(min=1), (count > 0).flatten().to(dtype)
-
-
-def supervised_contrastive_loss(
-    features: Tensor,
-    target: Tensor,
-    temperature: float = 0.07,
-    positives: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Supervised contrastive loss with one view per sample (Khosla et al., arXiv 2004.11362, the form "L_out").
-
-    Features are L2-normalised; positives of an anchor are the other samples of its class; an anchor without positives
-    counts as 0 but stays in the mean. InfoPro uses it with temperature 0.07.
-
-    Args:
-        features: [B, D].
-        target: [B] class indices or [B, V] probabilities.
-        positives: what ``positive_weights(target, dtype)`` gives, when it is known already.
-    """
-    features = full_precision(features)
-    weights, has_positive = positive_weights(target, features.dtype) if positives is None else positives
-    with _no_autocast(features):
-        unit = F.normalize(features, dim=1)
-        similarity = unit @ unit.T / temperature
-        # The lowest finite number, not -inf: a batch of one would make 0 * inf in the backward.
-        others = torch.diagonal_scatter(
-            similarity, similarity.new_full((len(unit),), torch.finfo(similarity.dtype).min)
-        )
-        log_partition = torch.logsumexp(others, dim=1)
-        return (has_positive * log_partition - (weights * similarity).sum(dim=1)).mean()
-
-
-def similarity_matrix(x: Tensor) -> Tensor:
-    """Centred cosine similarity of every two samples, [B, B] in [-1, 1] (Nøkland and Eidnes, arXiv 1901.06656).
-
-    A feature map [B, C, H, W] with C > 3 and H > 1 is first reduced to the standard deviation of each channel over its
-    positions; tokens [B, T, D] likewise, as D channels with T positions, where D > 3 and T > 1. Everything else is
-    flattened to [B, N].
-    """
-    if x.dim() == 4 and x.shape[1] > 3 and x.shape[2] > 1:
-        x = x.flatten(2).std(dim=2)
-    elif x.dim() == 3 and x.shape[2] > 3 and x.shape[1] > 1:
-        x = x.std(dim=1)
-    x = full_precision(x.flatten(1))
-    with _no_autocast(x):
-        x = x - x.mean(dim=1, keepdim=True)
-        x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-8)
-        return (x @ x.T).clamp(-1, 1)
-
-
-def target_similarity(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``similarity_matrix`` of the one-hot targets (or of probabilities as they are), [B, B]: labels only."""
-    if not target.is_floating_point():
-        target = F.one_hot(target, num_classes)
-    return similarity_matrix(target.to(dtype))
-
-
-def similarity_matching_loss(
-    features: Tensor, target: Tensor, num_classes: int, matched: Tensor | None = None
-) -> Tensor:
-    """Mean squared difference between ``similarity_matrix(features)`` and that of the targets ("sim", same paper).
-
-    Args:
-        features: [B, C, H, W], [B, T, D] or [B, D].
-        target: [B] class indices or [B, V] probabilities.
-        matched: ``target_similarity(target, num_classes, dtype)``, when it is known already.
-    """
-    similarity = similarity_matrix(features)
-    if matched is None:
-        matched = target_similarity(target, num_classes, similarity.dtype)
-    return F.mse_loss(similarity, matched)
 
 
 def restore_image(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

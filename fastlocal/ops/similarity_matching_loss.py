@@ -19,7 +19,20 @@ from torch.autograd.function import once_differentiable
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
 from fastlocal.reference._precision import wide_dtype
-from fastlocal.reference.similarity_matching_loss import EPS, closed_form, deviation_dim, target_similarity
+from fastlocal.reference.similarity_matching_loss import (
+    EPS,
+    closed_form,
+    deviation_dim,
+    similarity_matrix,
+    target_similarity,
+)
+
+__all__ = [
+    "similarity_matching_loss",
+    "similarity_matching_loss_value_and_grad",
+    "similarity_matrix",
+    "target_similarity",
+]
 
 NAME = "similarity_matching_loss"
 

@@ -18,7 +18,14 @@ from torch.autograd.function import once_differentiable
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
 from fastlocal.reference._precision import wide_dtype
-from fastlocal.reference.supervised_contrastive_loss import EPS, closed_form, positive_weights
+from fastlocal.reference.supervised_contrastive_loss import EPS, class_indices, closed_form, positive_weights
+
+__all__ = [
+    "class_indices",
+    "positive_weights",
+    "supervised_contrastive_loss",
+    "supervised_contrastive_loss_value_and_grad",
+]
 
 NAME = "supervised_contrastive_loss"
 

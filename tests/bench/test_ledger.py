@@ -18,14 +18,14 @@ BY_NAME = {case.name: case for case in CASES}
 # (forward and backwards, optimizer, safety): the engine's, then the plain loop's first two.
 LAUNCHES = {
     "R32 BP": ((237, 3, 19), (268, 10)),
-    "R32 InfoPro K16 contrast": ((1420, 16, 36), (1496, 25)),
+    "R32 InfoPro K16 contrast": ((1075, 16, 36), (1151, 25)),
     "R32 AugLocal K16 d2": ((799, 14, 38), (912, 29)),
     "R32 AugLocal K16 d5": ((962, 11, 39), (1098, 34)),
     "R32 DGL K16, AugLocal's head": ((874, 16, 40), (995, 30)),
-    "R32 PredSim K16, AugLocal's form": ((1120, 16, 34), (1166, 15)),
+    "R32 PredSim K16, AugLocal's form": ((910, 16, 34), (956, 15)),
     "R32 InfoPro-CE K16": ((857, 16, 36), (933, 25)),
     "R32 DGL K16": ((1025, 16, 40), (1160, 36)),
-    "R32 PredSim K16": ((1112, 16, 34), (1158, 15)),
+    "R32 PredSim K16": ((902, 16, 34), (948, 15)),
     "R110 BP": ((784, 7, 28), (892, 29)),
     "R110 AugLocal K55 d3": ((3298, 52, 106), (3765, 108)),
     "R110 DGL K55, AugLocal's head": ((3074, 55, 103), (3504, 99)),
@@ -115,7 +115,7 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert bp.startswith("R32 BP ") and predsim.startswith("R32 PredSim K16 ")
     assert bp.split()[2:10] == ["1/1", "69", "69", "268", "268", "237", "0.88", "278"]
     assert bp.split()[10:15] == ["259", "19", "0.93", "2.37", "2.38"]
-    assert predsim.split()[3:9] == ["1/1", "-", "105", "-", "1158", "1112"]
+    assert predsim.split()[3:9] == ["1/1", "-", "105", "-", "948", "902"]
     assert len({len(line) for line in (heads, bp, predsim)}) == 1
     assert any(line.split() == ["optimizer", "aten::_fused_sgd_", "0", "3"] for line in rest)
     record = json.loads(file.read_text())
