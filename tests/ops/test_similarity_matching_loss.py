@@ -66,7 +66,8 @@ def check(got, x, target, what):
     norm = (z - z.mean(1, keepdim=True)).norm(dim=1) + 1e-8
     spread = (1 + z.abs().amax(1) / norm).max().item()
     terms = (2 * spread * truth[0].sqrt().item() + spread**2 * torch.finfo(got[0].dtype).eps,)
-    terms += (4 * spread / (norm.min().item() * len(x)),)
+    # Of many samples the largest error of the gradient is no luck.
+    terms += (4 * spread / (norm.min().item() * len(x)) if len(x) < 31 else 0.0,)
     assert got[1].shape == x.shape and got[1].dtype == x.dtype
     assert got[0].dtype == torch.promote_types(x.dtype, torch.float32)
     for name, g, s, t, size in zip(("loss", "gradient"), got, same, truth, terms):
