@@ -187,7 +187,11 @@ def _plan_parser(commands: Any) -> None:
     )
     add("--batch", type=int, default=64, metavar="ROWS", help="(64)")
     add("--shape", metavar="3x224x224", help="of one input (what the model says, else 3x32x32 or 3x224x224)")
-    add("--device", default="h100", help="whose roofline: h100, h200, a100, cpu-core, or here, which is measured first (h100)")
+    add(
+        "--device",
+        default="h100",
+        help="whose roofline: h100, h200, a100, cpu-core, or here, which is measured first (h100)",
+    )
     add("--optimizer", default="momentum", help="sgd, momentum or adam (momentum)")
     add("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed (32-true)")
     add("--channels-last", action="store_true", help="plan that memory format")
