@@ -148,29 +148,34 @@ def soak(case: Case, seed: int, kills: int, root: Path) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "fastlocal.trainer.trainer", "fastlocal.models", "numpy"])
     whole, killed = root / "whole", root / "killed"
-    began = time.perf_counter()
-    _run(context, case, whole, None, random.Random(0))
-    seconds = time.perf_counter() - began
     draw = random.Random(seed)
     batches = EPOCHS * -(-SAMPLES // BATCH)
-    points = sorted(draw.randrange(batches) for _ in range(kills))
-    count = 0
-    for point in points:
-        count += _run(context, case, killed, point, draw, 2 * seconds / batches)
+    _, seconds = _run(context, case, whole, None, draw)
+    span = (
+        (case.accumulate + 1) * seconds / batches
+    )  # progress is told after updates: as far as the next one and beyond
+    points = sorted(draw.randrange(batches - case.accumulate) for _ in range(kills))
+    count = sum(_run(context, case, killed, point, draw, span)[0] for point in points)
     _run(context, case, killed, None, draw)
     want, got = digest(whole), digest(killed)
     assert want == got, f"{case}: differ in {[name for name in want if got.get(name) != want[name]]}"
     return count
 
 
-def _run(context: Any, case: Case, folder: Path, point: int | None, draw: random.Random, span: float = 0.0) -> bool:
-    """Starts or resumes the run; with ``point``, kills it once that many batches are done. Whether it was killed."""
+def _run(
+    context: Any, case: Case, folder: Path, point: int | None, draw: random.Random, span: float = 0.0
+) -> tuple[bool, float]:
+    """Starts or resumes the run; with ``point``, kills it up to ``span`` seconds after that many batches are done.
+
+    Returns whether it was killed, and the seconds after its first batch, or that one.
+    """
     progress = context.Value("i", -1, lock=False)
     process = context.Process(target=train, args=(case, str(folder), progress))
     process.start()
+    while progress.value < (1 if point is None else point) and process.is_alive():
+        time.sleep(0.0005)
+    began = time.perf_counter()
     if point is not None:
-        while progress.value < point and process.is_alive():
-            time.sleep(0.0005)
         time.sleep(draw.uniform(0, span))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -178,7 +183,7 @@ def _run(context: Any, case: Case, folder: Path, point: int | None, draw: random
     killed = process.exitcode == -signal.SIGKILL
     assert killed or process.exitcode == 0, f"{case}: ended with {process.exitcode}"
     assert killed or point is not None or process.exitcode == 0
-    return killed
+    return killed, time.perf_counter() - began
 
 
 def main(arguments: list[str] | None = None) -> int:

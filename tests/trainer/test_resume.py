@@ -15,7 +15,7 @@ from tests.trainer.killed import METHODS, Case, digest, everything, soak, train
     "case", [Case("predsim", accumulate=5), Case("auglocal", "bf16-mixed", 5, True, "adamw")], ids=str
 )
 def test_killed_and_resumed(tmp_path: Path, case: Case) -> None:
-    assert soak(case, seed=0, kills=3, root=tmp_path) >= 2  # the last point may lie behind the end
+    assert soak(case, seed=0, kills=3, root=tmp_path) >= 2  # a run may end before its last kill
 
 
 class Halt(Exception):
