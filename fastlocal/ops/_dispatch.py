@@ -25,6 +25,7 @@ BACKENDS = ("auto", "native", "triton", "aten", "reference")
 
 _log = logging.getLogger("fastlocal")
 _request: ContextVar[str] = ContextVar("fastlocal_backend", default="auto")
+_counting: ContextVar[bool] = ContextVar("fastlocal_counting", default=False)
 
 
 class Candidate(NamedTuple):
@@ -98,6 +99,18 @@ def _forced(name: str) -> Iterator[None]:
         _request.reset(token)
 
 
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, "auto" takes "aten" wherever an operator has it: the operators, saved tensors and (by
+    `fastlocal.blocks.measure`) launches of a GPU step, with ATen's arithmetic, on any device.
+    """
+    token = _counting.set(True)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
 @functools.lru_cache(maxsize=4096)
 def select(operator: str, signature: Hashable, requested: str = "auto") -> Choice:
     """The backend for a call of that signature. Pure: no device is touched, nothing is read but the arguments."""
@@ -125,7 +138,10 @@ def choose(operator: str, signature: Hashable, impl: str) -> str:
     Raises:
         BackendError: the one that was asked for cannot serve the call.
     """
-    return _choose(operator, signature, impl if impl != "auto" else _request.get())
+    requested = impl if impl != "auto" else _request.get()
+    if requested == "auto" and _counting.get() and select(operator, signature, "aten").chosen:
+        requested = "aten"
+    return _choose(operator, signature, requested)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -148,3 +148,18 @@ def test_importing_the_operators_imports_no_triton_and_starts_no_cuda():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == "[] torch.Size([2, 3, 4])"
+
+
+def test_as_on_gpu_prefers_aten_where_there_is_one():
+    before = dict(_dispatch._operators)
+    _dispatch.register("with_aten", lambda: None, [_dispatch.Candidate(n, lambda s: None) for n in ("native", "aten")])
+    _dispatch.register("without", lambda: None, [_dispatch.Candidate("reference", lambda s: None)])
+    with _dispatch.as_on_gpu():
+        assert _dispatch.choose("with_aten", None, "auto") == "aten"
+        assert _dispatch.choose("with_aten", None, "native") == "native"
+        assert _dispatch.choose("without", None, "auto") == "reference"
+        with ops.backend("native"):
+            assert _dispatch.choose("with_aten", None, "auto") == "native"
+    assert _dispatch.choose("with_aten", None, "auto") == "native"
+    _dispatch._operators.clear()
+    _dispatch._operators.update(before)
