@@ -9,10 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.triton_kernels.multi_tensor import (
-    BLOCK,
     BYTES,
     MIXED,
-    WARPS,
     lerp,
     number,
     on,
@@ -89,7 +87,7 @@ def launch(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float |
     """One launch, in place on `averages`. Arguments as checked by fastlocal.ops.ema_update."""
     if not averages:
         return
-    p = plan([averages, sources])
+    p = plan([averages, sources], kernel="ema_update")
     tensor = isinstance(decay, Tensor)
     with on(averages[0].device):
         fl_ema_update_kernel[(p.programs,)](
@@ -104,6 +102,6 @@ def launch(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float |
             TYPE_A=p.types[0],
             TYPE_S=p.types[1],
             ALIGNED=p.aligned,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=p.config.block,
+            num_warps=p.config.warps,
         )

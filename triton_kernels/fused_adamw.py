@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlocal.triton_kernels.multi_tensor import BLOCK, WARPS, lerp, number, on, plan, read, where_am_i, write
+from fastlocal.triton_kernels.multi_tensor import lerp, number, on, plan, read, where_am_i, write
 from fastlocal.triton_kernels.optimizer_step import Before, finish, look
 
 BLOCK_STEPS = 128  # so many steps are counted at a time
@@ -186,7 +186,7 @@ def launch(
     lists = [row for row in (params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies) if row]
     device = params[0].device
     with on(device):
-        p = plan(lists, scalars=4)
+        p = plan(lists, scalars=4, kernel="fused_adamw")
         before = Before(p, 1, device, max_norm, grad_scale, found_inf, check)
         types = iter(p.types[5:])
         fl_fused_adamw_kernel[(p.programs,)](
@@ -220,9 +220,9 @@ def launch(
             TYPE_A=next(types) if averages else 0,
             TYPE_C=next(types) if copies else 0,
             ALIGNED=p.aligned,
-            BLOCK=BLOCK,
+            BLOCK=p.config.block,
             BLOCK_T=BLOCK_STEPS,
-            num_warps=WARPS,
+            num_warps=p.config.warps,
             **before.options,
         )
     return before.norm

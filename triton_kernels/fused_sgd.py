@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlocal.triton_kernels.multi_tensor import BLOCK, WARPS, number, on, plan, read, where_am_i, write
+from fastlocal.triton_kernels.multi_tensor import number, on, plan, read, where_am_i, write
 from fastlocal.triton_kernels.optimizer_step import Before, finish, look
 
 
@@ -150,7 +150,7 @@ def launch(
     lists = [row for row in (params, grads, momentum_buffers, averages, copies) if row]
     device = params[0].device
     with on(device):
-        p = plan(lists)
+        p = plan(lists, kernel="fused_sgd")
         before = Before(p, 1, device, max_norm, grad_scale, found_inf, check)
         types = iter(p.types[2:])
         fl_fused_sgd_kernel[(p.programs,)](
@@ -180,8 +180,8 @@ def launch(
             TYPE_A=next(types) if averages else 0,
             TYPE_C=next(types) if copies else 0,
             ALIGNED=p.aligned,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=p.config.block,
+            num_warps=p.config.warps,
             **before.options,
         )
     return before.norm

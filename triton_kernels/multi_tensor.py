@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlocal.triton_kernels import configs
+
 BLOCK = 2048  # elements of a chunk
 WARPS = 8
 MAX_PARTS = 512  # programs of a reduction: each program of the launch after it reads all of their results
@@ -25,6 +27,18 @@ KEPT_TABLES = 4096
 # Codes of the dtypes, in the tables and as constants of the kernels.
 FLOAT32, BFLOAT16, FLOAT16, BYTES, MIXED = (tl.constexpr(i) for i in range(5))
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Config(NamedTuple):
+    """Launch configuration of a kernel on lists: elements of a chunk (a power of two) and warps."""
+
+    block: int
+    warps: int
+
+
+def config(elements: int, lists: int) -> Config:
+    """Pure choice of the launch configuration: the same for all sizes, so that their tables of chunks are shared."""
+    return Config(BLOCK, WARPS)
 
 
 class Plan(NamedTuple):
@@ -38,6 +52,7 @@ class Plan(NamedTuple):
     aligned: bool  # every address is a multiple of 16
     tensors: int
     programs: int
+    config: Config
 
     @property
     def parts(self) -> int:
@@ -49,6 +64,7 @@ class _Layout(NamedTuple):
     codes: Tensor
     chunks: Tensor
     types: tuple[int, ...]
+    config: Config
 
 
 class _Cache:
@@ -76,27 +92,29 @@ class _Cache:
 _layouts, _tables = _Cache(KEPT_TABLES), _Cache(KEPT_TABLES)
 
 
-def plan(lists: Sequence[Sequence[Tensor]], scalars: int | None = None) -> Plan:
+def plan(lists: Sequence[Sequence[Tensor]], scalars: int | None = None, kernel: str = "multi_tensor") -> Plan:
     """The plan of these lists, all of one length and on one device, the tensors of a column of one memory layout.
 
     The first call uploads it; under a CUDA graph's capture the sizes must be known from an earlier call.
 
     Args:
         scalars: which list, if any, holds tensors of one element, for a whole tensor of the others.
+        kernel: whose launch configuration it has.
 
     Raises:
         RuntimeError: first seen while a CUDA graph is captured.
     """
     device = lists[0][0].device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    shape_key = (device, *[(t.dtype, t.shape) for row in lists for t in row], len(lists))
+    asked = configs.forced_for(kernel)
+    shape_key = (device, *[(t.dtype, t.shape) for row in lists for t in row], len(lists), kernel, asked)
     layout = _layouts.get(shape_key, capturing)
     if layout is None:
         if capturing:
             raise RuntimeError(
                 "tensors of these sizes are new to this process while a CUDA graph is captured; run the step once before"
             )
-        layout = _make_layout(lists, device)
+        layout = _make_layout(lists, device, kernel)
         _layouts.put(shape_key, layout)
     pointers = tuple(t.data_ptr() for row in lists for t in row)
     key = (device, len(lists), pointers)
@@ -109,7 +127,9 @@ def plan(lists: Sequence[Sequence[Tensor]], scalars: int | None = None) -> Plan:
     tensors, programs = len(lists[0]), layout.chunks.shape[0]
     loose = () if scalars is None else range(scalars * tensors, (scalars + 1) * tensors)
     aligned = not any(p & 15 for i, p in enumerate(pointers) if i not in loose)
-    return Plan(addresses, layout.sizes, layout.codes, layout.chunks, layout.types, aligned, tensors, programs)
+    return Plan(
+        addresses, layout.sizes, layout.codes, layout.chunks, layout.types, aligned, tensors, programs, layout.config
+    )
 
 
 def fill_in_graph(pointers: Sequence[int], device: torch.device) -> Tensor:
@@ -120,18 +140,21 @@ def fill_in_graph(pointers: Sequence[int], device: torch.device) -> Tensor:
     return table
 
 
-def _make_layout(lists: Sequence[Sequence[Tensor]], device: torch.device) -> _Layout:
+def _make_layout(lists: Sequence[Sequence[Tensor]], device: torch.device, kernel: str) -> _Layout:
     codes = [[CODES.get(t.dtype, BYTES.value) for t in row] for row in lists]
     types = tuple(row[0] if len(set(row)) == 1 else MIXED.value for row in codes)
     sizes = [
         t.numel() * (t.element_size() if code == BYTES.value else 1) for t, code in zip(lists[0], codes[0], strict=True)
     ]
-    chunks = [(i, c) for i, size in enumerate(sizes) for c in range(max(1, triton.cdiv(size, BLOCK)))]
+    key = {"elements": triton.next_power_of_2(max(1, sum(sizes))), "lists": len(lists)}
+    cfg = configs.tuned(kernel, device, key, config(**key))
+    chunks = [(i, c) for i, size in enumerate(sizes) for c in range(max(1, triton.cdiv(size, cfg.block)))]
     return _Layout(
         _upload(sizes, torch.int64, device),
         _upload([code for row in codes for code in row], torch.int32, device),
         _upload(chunks, torch.int32, device),
         types,
+        cfg,
     )
 
 

@@ -10,9 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.triton_kernels.multi_tensor import (
-    BLOCK,
     MAX_PARTS,
-    WARPS,
     Plan,
     lerp,
     read,
@@ -153,8 +151,8 @@ class Before:
                 plan.parts,
                 TYPE_G=plan.types[grads],
                 ALIGNED=plan.aligned,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                BLOCK=plan.config.block,
+                num_warps=plan.config.warps,
             )
         if max_norm is not None:
             self.norm = torch.empty((), dtype=torch.float32, device=device)
