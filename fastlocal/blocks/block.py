@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal.blocks.types import LocalLoss, StepContext
+from fastlocal.ops._seed import ones
 
 BlockFn = Callable[[Any], Any]
 
@@ -180,7 +181,7 @@ def start_backward(loss: Tensor, ctx: StepContext, scale: Tensor | None = None) 
     if not loss.requires_grad:
         return
     if scale is None:
-        seed = ctx.once(("seed", loss.dtype, loss.device, loss.shape), lambda: torch.ones_like(loss))
+        seed = ctx.once(("seed", loss.dtype, loss.device, loss.shape), lambda: ones(loss))
     else:
         seed = scale.to(loss.dtype).expand_as(loss)
     torch.autograd.backward(loss, seed)

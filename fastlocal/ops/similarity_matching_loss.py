@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
+from fastlocal.ops._seed import is_one
 from fastlocal.reference._precision import wide_dtype
 from fastlocal.reference.similarity_matching_loss import (
     EPS,
@@ -118,7 +119,8 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         grad, centred = ctx.saved_tensors
-        grad = grad * grads[0]
+        if not is_one(grads[0]):
+            grad = grad * grads[0]
         if not ctx.whole:
             grad = centred * grad
         return grad.to(ctx.dtype).reshape(ctx.shape), None, None

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
+from fastlocal.ops._seed import is_one
 from fastlocal.reference._precision import wide_dtype
 from fastlocal.reference.supervised_contrastive_loss import EPS, class_indices, closed_form, positive_weights
 
@@ -114,7 +115,7 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = ctx.saved_tensors
-        return (grad * grads[0]).to(ctx.dtype), None, None, None
+        return (grad if is_one(grads[0]) else grad * grads[0]).to(ctx.dtype), None, None, None
 
 
 def _prepare(

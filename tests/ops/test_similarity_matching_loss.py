@@ -8,6 +8,7 @@ from fastlocal import ops, reference
 from fastlocal.blocks.measure import LaunchCounter, SavedBytes
 from fastlocal.errors import ArgumentError, BackendError
 from fastlocal.ops import similarity_matching_loss, similarity_matching_loss_value_and_grad
+from fastlocal.ops._seed import ones
 from tests.ops.cases import assert_within_error_rule
 from tests.ops.losses import DTYPES, SYNCS, Trace, poisoned, with_gradient
 
@@ -333,6 +334,18 @@ def test_what_it_saves_in_launches_and_bytes():
         counts.append((launches.total, saved.peak))
     assert counts[1] == (21, 64 * 16 * 4)  # one [B, D], no [B, B]
     assert counts[0][0] >= counts[1][0] + 8 and counts[0][1] > 64 * 64 * 4 + counts[1][1]
+
+
+@pytest.mark.parametrize("shape, launches", [((8, 5), 0), ((8, 5, 3, 3), 1)])
+def test_a_seed_known_to_be_one_is_not_multiplied(shape, launches):
+    x, target = torch.randn(shape, requires_grad=True), labels("few", 8)
+    similarity_matching_loss(x, target, CLASSES).backward(torch.ones(()))
+    expected, x.grad = x.grad, None
+    loss = similarity_matching_loss(x, target, CLASSES)
+    seed = ones(loss)
+    with LaunchCounter() as counter:
+        loss.backward(seed)
+    assert counter.total == launches and torch.equal(x.grad, expected)
 
 
 def test_of_a_map_the_centred_positions_and_a_factor_are_saved():

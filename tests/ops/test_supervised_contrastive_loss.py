@@ -8,6 +8,7 @@ from fastlocal import ops, reference
 from fastlocal.blocks.measure import LaunchCounter, SavedBytes
 from fastlocal.errors import ArgumentError, BackendError
 from fastlocal.ops import supervised_contrastive_loss, supervised_contrastive_loss_value_and_grad
+from fastlocal.ops._seed import ones
 from tests.ops.cases import assert_within_error_rule
 from tests.ops.losses import DTYPES, SYNCS, Trace, poisoned, with_gradient
 
@@ -261,6 +262,18 @@ def test_what_it_saves_in_launches_and_bytes():
         counts.append((launches.total, saved.peak))
     assert counts[1] == (19, 64 * 16 * 4)  # one [B, D], no [B, B]
     assert counts[0][0] >= 2 * counts[1][0] and counts[0][1] > 64 * 64 * 4 + counts[1][1]
+
+
+@pytest.mark.parametrize("dtype, launches", [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_a_seed_known_to_be_one_is_not_multiplied(dtype, launches):
+    x, target = torch.randn(8, 5).to(dtype).requires_grad_(), labels("few", 8)
+    supervised_contrastive_loss(x, target).backward(torch.ones(()))
+    expected, x.grad = x.grad, None
+    loss = supervised_contrastive_loss(x, target)
+    seed = ones(loss)
+    with LaunchCounter() as counter:
+        loss.backward(seed)
+    assert counter.total == launches and torch.equal(x.grad, expected)  # only the cast
 
 
 X, T = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
