@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from fastlocal.errors import ArgumentError
+from fastlocal.ops.bn_act import backward_launches as _bn_act_backward_launches
+from fastlocal.ops.bn_act import forward_launches as _bn_act_forward_launches
 from fastlocal.ops.bn_act_pool import backward_launches as _pool_backward_launches
 from fastlocal.ops.bn_act_pool import forward_launches as _pool_forward_launches
 from fastlocal.ops.similarity_matching_loss import launches as _similarity_launches
@@ -88,8 +90,9 @@ _NO_KERNEL = _ALLOCATIONS | _METADATA
 _MULTI_TENSOR = ("_foreach_", "_fused_sgd", "_fused_adam", "_fused_adagrad", "_amp_foreach_")
 _REDUCTIONS = {"_foreach_norm", "_foreach_max", "_foreach_powsum"}
 _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] = {
-    "fastlocal::bn_act_forward": 2,  # statistics; normalise, add, activate
-    "fastlocal::bn_act_backward": 2,  # both reductions; dx and the residual's gradient
+    "fastlocal::bn_act_forward": _bn_act_forward_launches,
+    "fastlocal::bn_act_backward": _bn_act_backward_launches,
+    "fastlocal::bn_act_backward_": _bn_act_backward_launches,
     "fastlocal::bn_act_pool_forward": _pool_forward_launches,
     "fastlocal::bn_act_pool_backward": _pool_backward_launches,
     "fastlocal::similarity_matching_loss": _similarity_launches,  # no kernels of their own: ATen's

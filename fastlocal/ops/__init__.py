@@ -2,6 +2,7 @@
 
 from fastlocal.ops._dispatch import BACKENDS, Choice, backend, explain
 from fastlocal.ops.bn_act import bn_act
+from fastlocal.ops.bn_act_conv import bn_act_conv
 from fastlocal.ops.bn_act_pool import bn_act_pool
 from fastlocal.ops.ema_update import ema_update_
 from fastlocal.ops.fused_adamw import FusedAdamW, fused_adamw_
@@ -23,6 +24,7 @@ __all__ = [
     "FusedSGD",
     "backend",
     "bn_act",
+    "bn_act_conv",
     "bn_act_pool",
     "ema_update_",
     "explain",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlocal.reference.bn_act import bn_act
+from fastlocal.reference.bn_act_conv import bn_act_conv
 from fastlocal.reference.bn_act_pool import bn_act_pool
 from fastlocal.reference.ema_update import ema_update_
 from fastlocal.reference.fused_adamw import fused_adamw_
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bn_act",
+    "bn_act_conv",
     "bn_act_pool",
     "ema_update_",
     "fused_adamw_",

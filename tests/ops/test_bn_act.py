@@ -50,7 +50,7 @@ def run(op, x, norm, residual, dy, relu=True, **options):
     """Results under NAMES; norm is not changed."""
     norm = copy.deepcopy(norm)
     leaves = [x.detach().clone().requires_grad_(), residual and residual[0].detach().clone().requires_grad_()]
-    y = op(leaves[0], norm, leaves[1], relu=relu, **options)
+    y = op(leaves[0], norm, leaves[1], act="relu" if relu else "none", **options)
     y.backward(dy)
     result = dict(y=y.detach(), dx=leaves[0].grad, dweight=norm.weight.grad, dbias=norm.bias.grad)
     if residual:
@@ -67,7 +67,7 @@ def check(x, norm, residual, dy, what="", relu=True):
     if relu:  # where the sign of the activation's input is a matter of rounding, no gradient comes in
         with torch.no_grad():
             args = double(x, norm, residual, dy)
-            z = reference.bn_act(args[0], args[1], residual and args[2][0], relu=False)
+            z = reference.bn_act(args[0], args[1], residual and args[2][0], act="none")
             deviation = args[0].std((0, *range(2, x.dim())), correction=0).clamp_min(1e-30)
             steep = (torch.finfo(torch.float32).eps * x.double().abs().amax() / deviation * norm.weight).amax()
             near = 2 * steep + 4 * torch.finfo(x.dtype).eps * z.abs().amax()
@@ -234,7 +234,7 @@ def test_inputs_are_left_alone():
     versions = [t._version for t in (x, residual, dy)]
     for relu in (True, False):
         x_, residual_ = x.requires_grad_(), residual.requires_grad_()
-        y = bn_act(x_, norm, residual_, relu=relu, impl="native")
+        y = bn_act(x_, norm, residual_, act="relu" if relu else "none", impl="native")
         assert y.data_ptr() not in (x.data_ptr(), residual.data_ptr())
         y.backward(dy)
     for t, before, version in zip((x, residual, dy), copies, versions):
@@ -369,10 +369,9 @@ MISFITS = {
     "float64 is neither": lambda x, n, r: (x.double(), n.double(), r.double()),
     "float16 is neither": lambda x, n, r: (x.half(), n, r.half()),
     "not in training": lambda x, n, r: (x, n.eval(), r),
-    "not in training ": lambda x, n, r: (x, edited(n, momentum=None), r),
-    "not in training  ": lambda x, n, r: (x, nn.BatchNorm2d(6, track_running_stats=False), r),
-    "not in training   ": lambda x, n, r: (x, nn.BatchNorm2d(6, affine=False), r),
-    "not in training    ": lambda x, n, r: (x, nn.BatchNorm2d(6, affine=False).eval()),
+    "without running statistics": lambda x, n, r: (x, nn.BatchNorm2d(6, track_running_stats=False), r),
+    "without running statistics ": lambda x, n, r: (x, nn.BatchNorm2d(6, affine=False), r),
+    "or a momentum": lambda x, n, r: (x, edited(n, momentum=None), r),
     "hooks": lambda x, n, r: (x, with_hook(n, "register_forward_hook"), r),
     "hooks ": lambda x, n, r: (x, with_hook(n, "register_forward_pre_hook"), r),
     "forward of its own": lambda x, n, r: (x, edited(n, forward=lambda x: x * 2), r),
@@ -382,7 +381,7 @@ MISFITS = {
     "residual has another": lambda x, n, r: (x, n, r.bfloat16()),
     "residual has another ": lambda x, n, r: (x, n, r.contiguous()),
     "residual has another  ": lambda x, n, r: (x, n, r[:1]),
-    "not contiguous float32": lambda x, n, r: (x.bfloat16(), n.bfloat16(), r.bfloat16()),
+    "tensors are not float32": lambda x, n, r: (x.bfloat16(), n.bfloat16(), r.bfloat16()),
 }
 
 
@@ -399,7 +398,7 @@ def test_a_misfit_is_the_plain_module(reason):
         want = twin(x)
         want = want + residual[0] if residual else want
         want = (want.relu() if relu else want).to(x.dtype)
-        assert torch.equal(bn_act(x, norm, *residual, relu=relu), want)
+        assert torch.equal(bn_act(x, norm, *residual, act="relu" if relu else "none"), want)
     for (name, a), (_, b) in zip(norm.state_dict().items(), twin.state_dict().items()):
         assert torch.equal(a, b), name
 
@@ -470,7 +469,7 @@ def test_requests():
         got = bn_act(x, copy.deepcopy(norm), residual)
     assert torch.equal(got, reference.bn_act(x, copy.deepcopy(norm), residual))
     assert torch.equal(got, bn_act(x, copy.deepcopy(norm), residual, impl="reference"))
-    with pytest.raises(BackendError, match="no such implementation"):
+    with pytest.raises(BackendError, match="the tensors are on cpu"):
         bn_act(x, norm, impl="triton")
     with pytest.raises(ArgumentError, match="impl='natve' is not a backend"):
         bn_act(x, norm, impl="natve")
@@ -504,9 +503,12 @@ def test_opcheck(with_residual, relu, dtype):
     weight, bias = norm.weight.detach(), norm.bias.detach()
     forward, backward = MODULE._forward, MODULE._backward
     statistics = norm.running_mean, norm.running_var
-    torch.library.opcheck(forward, (x, residual if with_residual else None, weight, bias, *statistics, 0.1, 1e-5, relu))
-    y, mean, rstd = forward(x, residual, weight, bias, *statistics, 0.1, 1e-5, relu)
-    torch.library.opcheck(backward, (dy, x, y if relu else None, weight, mean, rstd, with_residual))
+    rest = (None, None, None, None, 0.0, 0.0, "relu" if relu else "none", 0.0, False, "native")
+    added = residual if with_residual else None
+    torch.library.opcheck(forward, (x, added, weight, bias, *statistics, 0.1, 1e-5, *rest))
+    y, saved, _ = forward(x, residual, weight, bias, *statistics, 0.1, 1e-5, *rest)
+    args = (dy, x, None, y if relu else None, None, weight, bias, None, None, saved, *rest[6:8], True, with_residual)
+    torch.library.opcheck(backward, (*args, "native"))
 
 
 @needs_native
