@@ -5,7 +5,8 @@
 
 Variants of a case take turns, so that a warm or throttled minute of the device hits all of them; times are medians of
 CUDA events around a few steps, after a warm-up. Nothing reads a loss while the clock runs. Records (JSONL) hold every
-single time, the peak of memory, and what ran where: device, driver, versions, clocks, commit. See docs/gpu.md.
+single time, the peak of memory, and what ran where: device, driver, versions, clocks, commit. The operators and their
+rivals are those of fastlocal.bench.operators. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -13,21 +14,16 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import gc
-import hashlib
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,181 +31,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlocal as fl
-from fastlocal.blocks.measure import StorageTracker
+from fastlocal.bench import operators
+from fastlocal.bench.device import Cpu, Cuda, machine, never_fall_back_to_eager
+from fastlocal.bench.operators import EAGER, OURS
+from fastlocal.errors import BackendError
 from fastlocal.reference import train_step
 
 SGD = dict(lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
-ROOT = Path(fl.__file__).resolve().parents[1]
 Record = dict[str, Any]
-PLAIN = "plain loop, fp32"  # the base of every ratio of steps
-EAGER = "eager"  # and of kernels
+PLAIN = "plain loop, fp32"  # the base of every ratio of steps; that of operators is EAGER
 NO_TIME = "no time left in the budget"
-
-
-# --- the device -------------------------------------------------------------------------------------------------------
-
-
-class Cuda:
-    """What is done differently on a CUDA device. Everything else in this file knows no device."""
-
-    type = "cuda"
-    compile_backend = "inductor"
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-    def seconds(self, fn: Callable[[], Any], times: int) -> tuple[float, float]:
-        """Seconds of one call on the device, and of its launching on the host; the mean of ``times`` calls in a row."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        start.record()
-        for _ in range(times):
-            fn()
-        end.record()
-        host = time.perf_counter() - begun
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / times, host / times
-
-    def peak(self, fn: Callable[[], Any]) -> int:
-        """Most bytes that a call has allocated at any time beyond what lived before it."""
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        fn()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def graph(self, fn: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
-        """A replay of ``fn`` captured in a CUDA graph, and the peak of its own pool."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                fn()
-        torch.cuda.current_stream().wait_stream(side)
-        captured, outputs = torch.cuda.CUDAGraph(), []
-
-        def capture() -> None:
-            with torch.cuda.graph(captured):
-                outputs.append(fn())
-
-        peak = self.peak(capture)
-
-        def replay() -> Any:
-            captured.replay()
-            return outputs[0]
-
-        return replay, peak
-
-    def release(self) -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def clocks(self) -> dict[str, str]:
-        return _smi("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu")
-
-
-class Cpu(Cuda):
-    """For ``--dry-run``: the same calls on a CPU. Its times and bytes are no measurement."""
-
-    type = "cpu"
-    compile_backend = "eager"
-
-    def synchronize(self) -> None: ...
-
-    def seconds(self, fn: Callable[[], Any], times: int) -> tuple[float, float]:
-        begun = time.perf_counter()
-        for _ in range(times):
-            fn()
-        each = (time.perf_counter() - begun) / times
-        return each, each
-
-    def peak(self, fn: Callable[[], Any]) -> int:
-        with StorageTracker() as tracker:
-            fn()
-        return tracker.peak
-
-    def graph(self, fn: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
-        return fn, self.peak(fn)
-
-    def release(self) -> None:
-        gc.collect()
-
-    def clocks(self) -> dict[str, str]:
-        return {}
-
-
-def _smi(*names: str) -> dict[str, str]:
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    values = [v.strip() for v in run.stdout.strip().split(",")]
-    return dict(zip(names, values)) if run.returncode == 0 and len(values) == len(names) else {}
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        run = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
-
-
-def source_hash() -> str:
-    """SHA-256 over what is measured, so that a record says which code it belongs to where there is no repository."""
-    digest = hashlib.sha256()
-    for folder in ("fastlocal", "triton_kernels", "bench", "csrc"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".h", ".cu") and path.is_file():
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def machine() -> dict[str, Any]:
-    """What ran, and where. ``device`` is None without a CUDA device."""
-    try:
-        import triton
-
-        triton_version: str | None = triton.__version__
-    except ImportError:
-        triton_version = None
-    found: dict[str, Any] = {
-        "device": None,
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-        "triton": triton_version,
-        "python": platform.python_version(),
-        "fastlocal": fl.__version__,
-        "commit": os.environ.get("FASTLOCAL_COMMIT") or _git("rev-parse", "HEAD"),
-        "changed_since_commit": bool(_git("status", "--porcelain", "-uno")),
-        "source": source_hash(),
-        "cores": os.cpu_count(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "driver": _smi("driver_version").get("driver_version"),
-            "tf32_convolutions": torch.backends.cudnn.allow_tf32,
-        }
-    return found
-
-
-def never_fall_back_to_eager() -> None:
-    """A rival that torch.compile gives up on, silently, is no compiled rival."""
-    config: Any = torch._dynamo.config
-    for name, value in {"recompile_limit": 256, "cache_size_limit": 256, "fail_on_recompile_limit_hit": True}.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
+NOT_GREEN = "no figures: not all of its GPU tests passed in this run"
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -240,6 +72,7 @@ class Variant:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     graph_peak: int | None = None
+    captured: bool = False  # by the step itself, at its first call
 
     def static_bytes(self) -> int:
         state = (t for values in self.optimizer.state.values() for t in values.values() if isinstance(t, Tensor))
@@ -276,6 +109,9 @@ class Steps:
             found[f"plain loop, {precision} {layout}".strip()] = functools.partial(self.plain, precision, layout)
         for precision, layout in (("fp32", ""), ("fp32", last), ("bf16", ""), ("bf16", last)):
             found[f"engine, {precision} {layout}".strip()] = functools.partial(self.engine, precision, layout)
+        for precision, layout in (("fp32", ""), ("bf16", last)):
+            name = f"engine graph, {precision} {layout}".strip()
+            found[name] = functools.partial(self.engine, precision, layout, graph="on")
         if self.case.rivals:
             found["BP, fp32"] = functools.partial(self.bp, "fp32", "")
             rivals = {
@@ -309,16 +145,17 @@ class Steps:
 
         return Variant(step, model, optimizer)
 
-    def engine(self, precision: str, layout: str) -> Variant:
+    def engine(self, precision: str, layout: str, graph: Literal["on", "off"] = "off") -> Variant:
         model, x = self._own(self.model, "")
         run = fl.Engine(
             model,
             lambda named: torch.optim.SGD(named, **SGD),  # type: ignore[arg-type]
             precision={"fp32": "32-true", "bf16": "bf16-mixed"}[precision],
             memory_format="channels_last" if layout else "preserve",
+            graph=graph,
         )
         x = x.contiguous(memory_format=torch.channels_last) if layout else x
-        return Variant(lambda: run.step(x, self.y).losses[-1], model, run.optimizer)
+        return Variant(lambda: run.step(x, self.y).losses[-1], model, run.optimizer, captured=graph == "on")
 
     def bp(
         self, precision: str, layout: str, graph: bool = False, compiled: str = "", segments: int | None = None
@@ -374,108 +211,6 @@ def _chain(units: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
     return x
 
 
-# --- one operator -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A call of pool_linear_cross_entropy: features [rows, channels, side, side]."""
-
-    rows: int
-    channels: int
-    side: int
-    classes: int
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-
-    @property
-    def name(self) -> str:
-        layout = " channels_last" if self.channels_last else ""
-        size = f"{self.rows}x{self.channels}x{self.side}x{self.side}"
-        return f"pool_linear_cross_entropy {size} -> {self.classes}, {str(self.dtype)[6:]}{layout}"
-
-    def must_move(self) -> int:
-        """Bytes that no implementation can avoid: read features, parameters and targets, write the three gradients."""
-        bytes_each = self.dtype.itemsize
-        features = self.rows * self.channels * self.side**2
-        small = 2 * (self.classes * self.channels + self.classes) + self.rows * self.channels
-        return (features + small) * bytes_each + 8 * self.rows
-
-
-class Calls:
-    """The rivals of one operator at one shape, as functions of one of several input sets."""
-
-    def __init__(self, shape: Shape, device: Cuda, total_bytes: int):
-        self.shape, self.device = shape, device
-        sets = max(1, min(64, math.ceil(total_bytes / shape.must_move())))  # together more than the cache holds
-        self.sets = [self._inputs() for _ in range(sets)]
-
-    def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s, device = self.shape, self.device.type
-        x = torch.randn(s.rows, s.channels, s.side, s.side, device=device).to(s.dtype)
-        if s.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        weight = (torch.randn(s.classes, s.channels, device=device) / s.channels**0.5).to(s.dtype)
-        bias = torch.zeros(s.classes, device=device, dtype=s.dtype)
-        target = torch.randint(s.classes, (s.rows,), device=device)
-        return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), target
-
-    def makers(self) -> dict[str, Callable[[], Callable[..., Any]]]:
-        found: dict[str, Callable[[], Callable[..., Any]]] = {
-            EAGER: lambda: _with_gradients(_eager),
-            "eager, mean": lambda: _with_gradients(_eager_mean),
-            "compiled": self._compiled,
-            "fastlocal": lambda: self._ours(None),
-            "fastlocal, aten": lambda: self._ours("aten"),
-        }
-        if hasattr(F, "linear_cross_entropy"):
-            found["F.linear_cross_entropy"] = lambda: _with_gradients(_linear_cross_entropy)
-        return found
-
-    def _ours(self, impl: str | None) -> Callable[..., Any]:
-        def call(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Any:
-            return fl.ops.pool_linear_cross_entropy_value_and_grad(
-                x.detach(), weight.detach(), bias.detach(), target, impl=impl
-            )
-
-        return call
-
-    def _compiled(self) -> Callable[..., Any]:
-        return _with_gradients(torch.compile(_eager, dynamic=False, backend=self.device.compile_backend))
-
-    def through(self, call: Callable[..., Any]) -> Callable[[], Any]:
-        """One call on every input set. Results are dropped at once, as in training."""
-
-        def run() -> None:
-            for inputs in self.sets:
-                call(*inputs)
-
-        return run
-
-
-def _eager(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """The pool's gradient is divided while it is small, and then expanded without memory."""
-    pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-    return F.cross_entropy(F.linear(pooled, weight, bias), target)
-
-
-def _eager_mean(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x.mean((2, 3)), weight, bias), target)
-
-
-def _linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    pooled = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-    return F.linear_cross_entropy(pooled, weight, target, linear_bias=bias)  # type: ignore[attr-defined]
-
-
-def _with_gradients(loss_of: Callable[..., Tensor]) -> Callable[..., Any]:
-    def call(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Any:
-        loss = loss_of(x, weight, bias, target)
-        return loss.detach(), torch.autograd.grad(loss, (x, weight, bias))
-
-    return call
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -484,44 +219,38 @@ class Sizes:
     """What is run: the real sizes, or those of a dry run."""
 
     cases: tuple[Case, ...]
-    shapes: tuple[Shape, ...]
+    operators: tuple[operators.Case, ...]
     image: int = 32
     rounds: int = 15
     cache_bytes: int = 256 << 20
     copy_bytes: int = 1 << 30
 
 
-def _cases(model: str, batches: tuple[int, ...], many: int, few: int, depth: int) -> tuple[Case, ...]:
+def _cases(model: str, batches: tuple[int, ...], many: int, depth: int, few: int = 0) -> tuple[Case, ...]:
+    """DGL and AugLocal in many blocks; with `few` also DGL in few beside backpropagation."""
     found: list[Case] = []
     for batch in batches:
         found += [
-            Case("dgl", few, batch, model=model, rivals="eager"),
             Case("auglocal", many, batch, {"depth": depth}, model=model),
             Case("dgl", many, batch, model=model),
         ]
-    return (*found, *(Case("bp", 1, batch, model=model, rivals="compiled") for batch in batches))
+        if few:
+            found.append(Case("dgl", few, batch, model=model, rivals="eager"))
+    if few:
+        found += [Case("bp", 1, batch, model=model, rivals="compiled") for batch in batches]
+    return tuple(found)
 
 
-_LOW = dict(dtype=torch.bfloat16, channels_last=True)
-REAL = Sizes(
-    cases=_cases("resnet110", (128, 1024), many=55, few=16, depth=3),
-    shapes=(
-        Shape(128, 64, 8, 10),
-        Shape(128, 16, 32, 10),
-        Shape(1024, 64, 8, 10, **_LOW),  # type: ignore[arg-type]
-        Shape(1024, 16, 32, 10),
-        Shape(1024, 16, 32, 10, **_LOW),  # type: ignore[arg-type]
-        Shape(256, 512, 14, 1000, **_LOW),  # type: ignore[arg-type]
-    ),
-)
-TINY = Sizes(
-    cases=_cases("resnet20", (2,), many=8, few=3, depth=1),
-    shapes=(Shape(3, 4, 5, 6), Shape(4, 3, 2, 5, **_LOW)),  # type: ignore[arg-type]
-    image=8,
-    rounds=1,
-    cache_bytes=1 << 10,
-    copy_bytes=1 << 16,
-)
+def real() -> Sizes:
+    """Headline first: ResNet-110 at batch 128, then the others, smallest first; compiling a whole network is last."""
+    deep = _cases("resnet110", (128, 1024), many=55, depth=3, few=16)
+    steps = (*deep[:3], *_cases("resnet32", (128, 1024), many=16, depth=2), *deep[3:])
+    return Sizes(cases=steps, operators=tuple(sorted(operators.cases(), key=lambda case: case.must_move())))
+
+
+def tiny() -> Sizes:
+    steps = _cases("resnet20", (2,), many=8, depth=1, few=3)
+    return Sizes(steps, operators.tiny_cases(), image=8, rounds=1, cache_bytes=1 << 10, copy_bytes=1 << 16)
 
 
 class Bench:
@@ -536,9 +265,9 @@ class Bench:
         self.models: dict[str, fl.LocalModel] = {}
 
     def run(self) -> list[Record]:
-        """Kernels first (they are quick), then steps, smallest batch first; compiling a whole network comes last."""
+        """Operators first (they are quick), then steps."""
         jobs: list[tuple[str, float, Callable[[float], list[Record]]]] = [("copy", 0.2, self._copy)]
-        jobs += [(shape.name, 0.6, functools.partial(self._kernel, shape)) for shape in self.sizes.shapes]
+        jobs += [(case.name, 0.5, functools.partial(self._operator, case)) for case in self.sizes.operators]
         weights = {"": 1.0, "eager": 3.0, "compiled": 4.0}
         jobs += [(case.name, weights[case.rivals], functools.partial(self._steps, case)) for case in self.sizes.cases]
         for i, (name, weight, job) in enumerate(jobs):
@@ -556,9 +285,8 @@ class Bench:
         return self.records
 
     def _write(self, records: list[Record]) -> None:
-        kinds = {r["kind"] for r in records}
         stamp = {
-            "verified": verified(self.tests, "kernel" if "kernel" in kinds else "step"),
+            "verified": verified(self.tests, records[0].get("operator"), self.machine),
             "dry_run": self.device.type == "cpu",
             "clocks": self.device.clocks(),
             "machine": self.machine,
@@ -579,26 +307,41 @@ class Bench:
         self.bandwidth = 2 * source.numel() * 4 / statistics.median(times)
         return [{"kind": "copy", "case": "copy", "variant": "copy", "bytes_per_second": self.bandwidth}]
 
-    def _kernel(self, shape: Shape, deadline: float) -> list[Record]:
-        calls = Calls(shape, self.device, self.sizes.cache_bytes)
+    def _operator(self, case: operators.Case, deadline: float) -> list[Record]:
+        """Every variant by eager launches and by graph replays, on more input sets than the cache holds."""
+        count = max(1, min(64, math.ceil(self.sizes.cache_bytes / case.must_move())))
+        sets = [case.inputs(self.device.type) for _ in range(count)]
+        served, beginning = case.explain(sets[0]), operators.copied(sets[0])
         ready: dict[str, tuple[Callable[[], Any], Record]] = {}
         failed: list[Record] = []
-        choice = fl.ops.explain(fl.ops.pool_linear_cross_entropy, *calls.sets[0]).chosen
-        for name, make in calls.makers().items():
-            record = self._record("kernel", shape.name, name)
-            record |= {"shape": {**asdict(shape), "dtype": str(shape.dtype)}, "sets": len(calls.sets)}
-            record["backend"] = choice if name == "fastlocal" else None
+        truth: Any = None
+        variants = case.variants(sets[0], self.device.compiled)
+        for name in sorted(variants, key=lambda name: "compile" in name):  # compilers take what time is left
+            record = self._record("operator", case.name, name)
+            record |= {"operator": case.operator, "size": case.size, "dtype": str(case.dtype), "sets": count}
+            record["backend"] = served if name.startswith(OURS) and not name.endswith("aten") else None
+            if name != EAGER and name != OURS and time.monotonic() > deadline - 1:
+                failed.append(record | {"kind": "skipped", "why": NO_TIME})
+                continue
             try:
-                run = calls.through(make())
+                call = variants[name].make()
+                result = call(*operators.copied(beginning))
+                if truth is None:
+                    truth = [t.clone() for t in operators.tensors(result)]
+                record["disagreement"] = operators.disagreement(result, truth)
+                del result
+                run = _through(call, sets)
                 run()
                 record["peak_bytes"] = self.device.peak(run)
                 ready[f"{name} eager"] = run, record | {"mode": "eager"}
-                ready[f"{name} graph"] = self.device.graph(run)[0], record | {"mode": "graph"}
+                if variants[name].graph:
+                    ready[f"{name} graph"] = self.device.graph(run)[0], record | {"mode": "graph"}
             except Exception as error:
                 failed.append(record | {"error": _first_line(error)})
-        floor = shape.must_move() / self.bandwidth
-        for record in self._take_turns(ready, deadline, per_call=len(calls.sets)):
-            record |= {"must_move_bytes": shape.must_move(), "floor_seconds": floor}
+        floor = case.must_move() / self.bandwidth
+        for record in self._take_turns(ready, deadline, per_call=count):
+            record |= {"must_move_bytes": case.must_move(), "floor_seconds": floor}
+            record["bytes_per_second"] = case.must_move() / record["median"]
             record["part_of_bandwidth"] = floor / record["median"]
         return [record for _, record in ready.values()] + failed
 
@@ -618,16 +361,22 @@ class Bench:
                 continue
             try:
                 variant = make()
-                record["first_loss"] = float(variant.step())
+                losses: list[Tensor] = []
+                beginning = self.device.peak(lambda: losses.append(variant.step().detach().clone()))  # noqa: B023
+                record["first_loss"] = float(losses[0])
                 for _ in range(2):
                     variant.step()
-                if variant.graph_peak is None:
+                if variant.captured:  # its memory is the graph's own, taken while it was captured
+                    record["peak_bytes"] = beginning
+                elif variant.graph_peak is None:
                     variant.forget_gradients()
                     record["peak_bytes"] = self.device.peak(variant.step)
                 else:
                     record["peak_bytes"] = variant.graph_peak
                 record["static_bytes"] = variant.static_bytes()
                 ready[name] = variant.step, record
+            except BackendError as error:  # it says that it cannot
+                failed.append(record | {"kind": "refused", "why": _first_line(error)})
             except Exception as error:
                 failed.append(record | {"error": _first_line(error)})
                 self.device.release()
@@ -684,16 +433,54 @@ class Bench:
         return {"kind": kind, "case": case, "variant": variant}
 
 
-def verified(tests: Path | None, kind: str) -> bool:
-    """Whether the GPU tests of this run, of the operators or of the steps, passed; without a report they did not.
+def _through(call: Callable[..., Any], sets: list[operators.Inputs]) -> Callable[[], None]:
+    """One call on every input set. Results are dropped at once, as in training."""
 
-    A fast number from wrong code is worth nothing, so the table shows no ratio then.
+    def run() -> None:
+        for inputs in sets:
+            call(*inputs)
+
+    return run
+
+
+def verified(tests: Path | None, operator: str | None, where: Record) -> bool:
+    """Whether the GPU tests of an operator (None: of everything that is no operator) passed on this code and device.
+
+    A fast number from wrong code is worth nothing, so the table shows none then. `tests` is what `make gpu` reports: the
+    sources and the device first, then how many tests each file has, then a line for every test. No report, a report of
+    other code or of another device, a test that failed or never ran: not verified.
     """
     if tests is None or not tests.exists():
         return False
     lines = [json.loads(line) for line in tests.read_text().splitlines() if line.strip()]
-    outcomes = [t["outcome"] for t in lines if "outcome" in t and ("/test_pool_" in t["test"]) == (kind == "kernel")]
-    return "passed" in outcomes and "failed" not in outcomes
+    about = next((line for line in lines if "source" in line), None)
+    if about is None or about["source"] != where["source"] or about["device"] != where["device"]:
+        return False
+    if operator is not None:
+        wanted = tests_of(operator)
+    else:
+        others = {file for case in operators.cases() for file in tests_of(case.operator)}
+        seen = {_file(line["test"]) for line in lines if "test" in line}
+        wanted = tuple(
+            file for file in seen | {f for line in lines for f in line.get("by_file", ())} if file not in others
+        )
+    relevant = [line for line in lines if "test" in line and _file(line["test"]) in wanted]
+    outcomes = [line["outcome"] for line in relevant]
+    if "passed" not in outcomes or "failed" in outcomes:
+        return False
+    expected = sum(line["by_file"].get(file, 0) for line in lines if "by_file" in line for file in wanted)
+    return len({line["test"] for line in relevant}) >= expected
+
+
+def tests_of(operator: str) -> tuple[str, ...]:
+    """The files of tests/gpu that stand for an operator."""
+    if operator in ("ema_update_", "fused_sgd_", "fused_adamw_"):
+        return ("test_updates.py",)
+    return (f"test_{operator.removesuffix('_')}.py",)
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0].rpartition("/")[2]
 
 
 def _quantile(values: list[float], part: float) -> float:
@@ -705,9 +492,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def table(records: list[Record]) -> str:
-    """The records as text. Ratios are speeds over the plain loop (steps) and over eager PyTorch (kernels)."""
+    """The records as text. Ratios are speeds over the plain loop (steps) and over eager PyTorch (operators)."""
     lines: list[str] = []
-    unverified = {r["kind"] for r in records if r["kind"] in ("step", "kernel") and not r["verified"]}
     for case in dict.fromkeys(r["case"] for r in records):
         rows = [r for r in records if r["case"] == case]
         if rows[0]["kind"] == "copy" and "bytes_per_second" in rows[0]:
@@ -718,39 +504,60 @@ def table(records: list[Record]) -> str:
             f"  {r.get('variant', r['kind']):<48} {r.get('error') or r['why']}" for r in rows if "median" not in r
         ]
         timed = [r for r in rows if "median" in r]
-        lines += (
-            _kernel_rows(timed, unverified) if timed and timed[0]["kind"] == "kernel" else _step_rows(timed, unverified)
-        )
-    if unverified:
-        lines.append(f"no ratios for {' and '.join(sorted(unverified))}: the GPU tests of this run did not all pass")
+        if timed and not timed[0]["verified"] and not timed[0]["dry_run"]:
+            lines.append(f"  {NOT_GREEN}")
+        elif timed:
+            lines += (_operator_rows if timed[0]["kind"] == "operator" else _step_rows)(timed)
+    lines += _findings(records)
     if any(r["dry_run"] for r in records):
         lines.append("dry run on a CPU: no number above is a measurement")
     return "\n".join(lines)
 
 
-def _step_rows(rows: list[Record], unverified: set[str]) -> Iterator[str]:
+def _step_rows(rows: list[Record]) -> Iterator[str]:
     base = next((r["median"] for r in rows if r["variant"] == PLAIN), None)
     for r in rows:
-        ratio = f"{base / r['median']:7.2f}x" if base and "step" not in unverified else "       -"
+        ratio = f"{base / r['median']:7.2f}x" if base and r["verified"] else "       -"
         wrong = "" if r["finite"] and r.get("first_loss_agrees", True) else "  WRONG LOSS"
         numbers = f"{r['median'] * 1e3:9.2f} ms {r['steps_per_second']:8.2f}/s {r['peak_bytes'] / 2**20:9.1f} MiB"
         yield f"  {r['variant']:<48}{numbers}{ratio}{wrong}"
 
 
-def _kernel_rows(rows: list[Record], unverified: set[str]) -> Iterator[str]:
-    """Eager launch, host time, graph replay, the part of the copy bandwidth that it reaches, and its ratio."""
+def _operator_rows(rows: list[Record]) -> Iterator[str]:
+    """Eager launch, host time, graph replay, the part of the copy bandwidth that it reaches, peak, ratio of replays."""
     by_mode = {mode: {r["variant"]: r for r in rows if r["mode"] == mode} for mode in ("eager", "graph")}
     for name, eager in by_mode["eager"].items():
-        text = f"  {name:<26}{eager['median'] * 1e6:9.1f} us {eager['host_median'] * 1e6:8.1f} host"
+        text = f"  {name:<31}{eager['median'] * 1e6:9.1f} us {eager['host_median'] * 1e6:8.1f} host"
         if graph := by_mode["graph"].get(name):
             text += f"{graph['median'] * 1e6:9.1f} us in a graph {graph['part_of_bandwidth']:6.1%}"
-            if EAGER in by_mode["graph"] and "kernel" not in unverified:
+            if EAGER in by_mode["graph"] and graph["verified"]:
                 text += f"{by_mode['graph'][EAGER]['median'] / graph['median']:7.2f}x"
-        yield text
+        yield text + f"{eager['peak_bytes'] / 2**20:9.1f} MiB" + ("" if _agrees(eager) else "  WRONG RESULT")
+
+
+def _agrees(r: Record) -> bool:
+    return r["disagreement"] <= (1e-3 if r["dtype"] == "torch.float32" else 5e-2)  # nan: no
+
+
+def _findings(records: list[Record]) -> Iterator[str]:
+    """Where the operator that was chosen is not the fastest, and where it is far from the bandwidth of a copy."""
+    timed = [r for r in records if r["kind"] == "operator" and "median" in r and r["verified"]]
+    for case in dict.fromkeys(r["case"] for r in timed):
+        for mode in ("eager", "graph"):
+            rows = {r["variant"]: r for r in timed if r["case"] == case and r["mode"] == mode}
+            own = rows.pop(OURS, None)
+            rivals = {name: r["median"] for name, r in rows.items() if not name.startswith(OURS)}
+            if own is None or not rivals:
+                continue
+            best = min(rivals, key=lambda name: rivals[name])
+            if rivals[best] < own["median"]:
+                yield f"a rival is faster ({mode}): {case}: {best}, {own['median'] / rivals[best]:.2f}x"
+            if mode == "graph" and own["backend"] == "triton" and own["part_of_bandwidth"] < 0.85:
+                yield f"below 85 % of the copy: {case}: {own['part_of_bandwidth']:.0%}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 where a case or variant failed, 2 without a CUDA device."""
+    """Returns 0, 1 where a case or a variant of fastlocal's failed, 2 without a CUDA device."""
     parser = argparse.ArgumentParser(
         prog="python -m fastlocal.bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -771,10 +578,13 @@ def main(argv: list[str] | None = None) -> int:
     else:
         torch.backends.cudnn.benchmark = True  # for every variant alike
     never_fall_back_to_eager()
-    bench = Bench(TINY if args.dry_run else REAL, Cpu() if args.dry_run else Cuda(), args.out, args.budget, args.tests)
+    bench = Bench(
+        tiny() if args.dry_run else real(), Cpu() if args.dry_run else Cuda(), args.out, args.budget, args.tests
+    )
     records = bench.run()
     print(table(records))
-    return int(any("error" in r for r in records))
+    ours = ("fastlocal", "engine", "plain")  # a rival that fails is a record, and no fault of this code
+    return int(any("error" in r and r.get("variant", "engine").startswith(ours) for r in records))
 
 
 if __name__ == "__main__":

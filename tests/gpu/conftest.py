@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def _write(line: dict[str, Any]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     here = [item for item in session.items if item.path.parent == Path(__file__).parent]  # as for the reports below
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0" and here:
-        _write({"collected": len(here)})
+        _write({"collected": len(here), "by_file": dict(Counter(item.path.name for item in here))})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
