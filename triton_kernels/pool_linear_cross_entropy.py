@@ -49,13 +49,61 @@ def config(channels: int, positions: int, classes: int, channels_last: bool) -> 
 
 
 @triton.jit
+def _divisor(
+    target,
+    class_weight,
+    N,
+    K,
+    stride_tn,
+    stride_cw,
+    ignore_index,
+    PROBABILITIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What the sum of the losses is divided by: the rows that count, or the weights of their classes."""
+    if PROBABILITIES:
+        total = N * 1.0
+    else:
+        b_total = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for i in range(0, N, BLOCK_N):
+            o_n = i + tl.arange(0, BLOCK_N)
+            b_label = tl.load(target + o_n.to(tl.int64) * stride_tn, mask=o_n < N, other=ignore_index)
+            if HAS_WEIGHT:
+                m = (b_label != ignore_index) & (b_label >= 0) & (b_label < K)
+                b_total += tl.load(class_weight + b_label * stride_cw, mask=m, other=0.0).to(tl.float32)
+            else:
+                b_total += (b_label != ignore_index).to(tl.float32)
+        total = tl.sum(b_total, axis=0)
+    return total
+
+
+@triton.jit
+def fl_pool_linear_cross_entropy_divisor_kernel(
+    target,
+    class_weight,
+    divisor,
+    N,
+    K,
+    stride_tn,
+    stride_cw,
+    ignore_index,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    total = _divisor(target, class_weight, N, K, stride_tn, stride_cw, ignore_index, False, HAS_WEIGHT, BLOCK_N)
+    tl.store(divisor, total)
+
+
+@triton.jit
 def fl_pool_linear_cross_entropy_fwd_kernel(
     x,
     weight,
     bias,
     target,
+    class_weight,
     logits,  # [N, K], read instead of x, weight and bias where FUSED is false
-    counted,  # [] how many rows are not ignored, read where COUNT is false
+    divisor,  # [] of the loss, read where COUNT is false
     pooled,  # [N, C]
     grad_logits,  # [N, K]
     grad_pooled,  # [N, C], of one position
@@ -71,6 +119,7 @@ def fl_pool_linear_cross_entropy_fwd_kernel(
     stride_b,
     stride_tn,
     stride_tk,
+    stride_cw,
     ignore_index,
     label_smoothing,
     grad_scale,
@@ -78,6 +127,7 @@ def fl_pool_linear_cross_entropy_fwd_kernel(
     K: tl.constexpr,
     FUSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     COUNT: tl.constexpr,
     NEED_POOLED: tl.constexpr,
@@ -119,16 +169,14 @@ def fl_pool_linear_cross_entropy_fwd_kernel(
     guess = tl.argmax(b_logits, axis=0)
     b_shifted = b_logits - tl.max(b_logits, axis=0)
     b_exp = tl.exp(b_shifted)
-    total = tl.sum(b_exp, axis=0)
-    b_log_prob = b_shifted - tl.log(total)
+    norm = tl.sum(b_exp, axis=0)
+    b_log_prob = b_shifted - tl.log(norm)
 
     if PROBABILITIES:
         b_wanted = tl.load(target + n * stride_tn + p_k * stride_tk, mask=m_k, other=0.0).to(tl.float32)
         hit = guess == tl.argmax(tl.where(m_k, b_wanted, -float("inf")), axis=0)
-        b_wanted = tl.where(m_k, b_wanted * (1.0 - label_smoothing) + label_smoothing / K, 0.0)
-        mass = tl.sum(b_wanted, axis=0)
+        b_wanted = b_wanted * (1.0 - label_smoothing) + label_smoothing / K
         valid = n < N  # always
-        count = N * 1.0
     else:
         label = tl.load(target + n * stride_tn)
         valid = label != ignore_index
@@ -136,17 +184,16 @@ def fl_pool_linear_cross_entropy_fwd_kernel(
         b_wanted = tl.where(p_k == label, 1.0 - label_smoothing, 0.0) + label_smoothing / K
         # A class that does not exist makes the loss and the gradients nan: never a silent number.
         b_wanted = tl.where((label >= 0) & (label < K), b_wanted, float("nan"))
-        b_wanted = tl.where(m_k, b_wanted, 0.0)
-        mass = 1.0
-        if COUNT:
-            b_count = tl.zeros([BLOCK_N], dtype=tl.int32)
-            for i in range(0, N, BLOCK_N):
-                o_n = i + tl.arange(0, BLOCK_N)
-                b_label = tl.load(target + o_n.to(tl.int64) * stride_tn, mask=o_n < N, other=ignore_index)
-                b_count += (b_label != ignore_index).to(tl.int32)
-            count = tl.sum(b_count, axis=0).to(tl.float32)
-        else:
-            count = tl.load(counted).to(tl.float32)
+    if HAS_WEIGHT:
+        b_wanted *= tl.load(class_weight + p_k * stride_cw, mask=m_k, other=0.0).to(tl.float32)
+    b_wanted = tl.where(m_k, b_wanted, 0.0)
+    mass = tl.sum(b_wanted, axis=0)
+    if COUNT:
+        total = _divisor(
+            target, class_weight, N, K, stride_tn, stride_cw, ignore_index, PROBABILITIES, HAS_WEIGHT, BLOCK_N
+        )
+    else:
+        total = tl.load(divisor)
 
     # A class of no weight costs nothing, also where its probability is zero.
     loss = -tl.sum(tl.where(b_wanted != 0.0, b_wanted * b_log_prob, 0.0), axis=0)
@@ -154,7 +201,7 @@ def fl_pool_linear_cross_entropy_fwd_kernel(
     tl.store(hits + n, hit.to(tl.int32))
 
     if NEED_GRAD_LOGITS or NEED_GRAD_POOLED:
-        b_grad = (b_exp / total * mass - b_wanted) * (grad_scale / count)
+        b_grad = (b_exp / norm * mass - b_wanted) * (grad_scale / total)
         b_grad = tl.where(valid & m_k, b_grad, 0.0)
         if NEED_GRAD_LOGITS:
             tl.store(grad_logits + n * K + o_k, b_grad, mask=m_k)
@@ -170,6 +217,8 @@ def fl_pool_linear_cross_entropy_fwd_kernel(
 @triton.jit
 def fl_pool_linear_cross_entropy_reduce_kernel(
     target,
+    class_weight,
+    divisor,
     losses,
     hits,
     grad_logits,
@@ -179,8 +228,11 @@ def fl_pool_linear_cross_entropy_reduce_kernel(
     N,
     K,
     stride_tn,
+    stride_cw,
     ignore_index,
+    HAS_WEIGHT: tl.constexpr,
     PROBABILITIES: tl.constexpr,
+    COUNT: tl.constexpr,
     NEED_GRAD_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -189,18 +241,19 @@ def fl_pool_linear_cross_entropy_reduce_kernel(
     if pid == 0:
         b_loss = tl.zeros([BLOCK_N], dtype=tl.float32)
         b_hits = tl.zeros([BLOCK_N], dtype=tl.int64)
-        b_count = tl.zeros([BLOCK_N], dtype=tl.int32)
         for i in range(0, N, BLOCK_N):
             o_n = i + tl.arange(0, BLOCK_N)
             m_n = o_n < N
             b_loss += tl.load(losses + o_n, mask=m_n, other=0.0)
             b_hits += tl.load(hits + o_n, mask=m_n, other=0).to(tl.int64)
-            if not PROBABILITIES:
-                b_label = tl.load(target + o_n.to(tl.int64) * stride_tn, mask=m_n, other=ignore_index)
-                b_count += (b_label != ignore_index).to(tl.int32)
-        count = N * 1.0 if PROBABILITIES else tl.sum(b_count, axis=0).to(tl.float32)
+        if COUNT:
+            total = _divisor(
+                target, class_weight, N, K, stride_tn, stride_cw, ignore_index, PROBABILITIES, HAS_WEIGHT, BLOCK_N
+            )
+        else:
+            total = tl.load(divisor)
         # 0 / 0 is nan where no row counts, as in F.cross_entropy.
-        tl.store(loss, tl.sum(b_loss, axis=0) / count)
+        tl.store(loss, tl.sum(b_loss, axis=0) / total)
         tl.store(correct, tl.sum(b_hits, axis=0))
     if NEED_GRAD_BIAS:
         o_k = pid * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -218,6 +271,7 @@ def launch(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    class_weight: Tensor | None,
     pool: str,
     label_smoothing: float,
     ignore_index: int,
@@ -230,7 +284,7 @@ def launch(
     and of the bias [K], all float32. Arguments as checked by fastlocal.ops.pool_linear_cross_entropy.
 
     fused: pool and linear inside the row kernel, or in the library's kernels before it.
-    count_in_kernel: each program counts the rows that are not ignored itself, or reads the number.
+    count_in_kernel: each program adds up the divisor of the loss itself, or reads it.
     """
     if pool == "tokens":
         x = x.transpose(1, 2)
@@ -254,21 +308,42 @@ def launch(
         grad_pooled = empty(rows, channels) if need_x else None
         grad_logits = empty(rows, classes) if need_weight or need_bias else None
     else:
-        pooled = x.mean(2, dtype=torch.float32)  # no autograd here, so the mean's dense gradient never exists
+        # No autograd here, so the mean's dense gradient never exists.
+        pooled = x[:, :, 0].float() if positions == 1 else x.mean(2, dtype=torch.float32)
         wide_weight = weight.float()
         logits = pooled @ wide_weight.t() if bias is None else torch.addmm(bias.float(), pooled, wide_weight.t())
         grad_pooled = None
         grad_logits = logits if any(needs) else None  # in place: a program reads its row before it writes it
 
+    about = dict(HAS_WEIGHT=class_weight is not None, PROBABILITIES=probabilities, COUNT=count_in_kernel)
+    stride_cw = 0 if class_weight is None else class_weight.stride(0)
+    divisor = None if count_in_kernel else empty()
+
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if divisor is not None:
+            fl_pool_linear_cross_entropy_divisor_kernel[(1,)](
+                target,
+                class_weight,
+                divisor,
+                rows,
+                classes,
+                target.stride(0),
+                stride_cw,
+                ignore_index,
+                HAS_WEIGHT=class_weight is not None,
+                BLOCK_N=4096,
+                num_warps=8,
+                **OPTIONS,
+            )
         if rows:
             fl_pool_linear_cross_entropy_fwd_kernel[(rows,)](
                 x,
                 weight,
                 bias,
                 target,
+                class_weight,
                 logits,
-                None if count_in_kernel or probabilities else (target != ignore_index).sum(),
+                divisor,
                 pooled,
                 grad_logits,
                 grad_pooled,
@@ -281,6 +356,7 @@ def launch(
                 0 if bias is None else bias.stride(0),
                 target.stride(0),
                 target.stride(1) if probabilities else 0,
+                stride_cw,
                 ignore_index,
                 label_smoothing,
                 grad_scale,
@@ -288,8 +364,7 @@ def launch(
                 K=classes,
                 FUSED=fused,
                 HAS_BIAS=bias is not None,
-                PROBABILITIES=probabilities,
-                COUNT=count_in_kernel,
+                **about,
                 NEED_POOLED=fused and need_weight,
                 NEED_GRAD_LOGITS=grad_logits is not None,
                 NEED_GRAD_POOLED=grad_pooled is not None,
@@ -303,6 +378,8 @@ def launch(
         block_k = min(64, cfg.block_k)
         fl_pool_linear_cross_entropy_reduce_kernel[(triton.cdiv(classes, block_k) if need_bias else 1,)](
             target,
+            class_weight,
+            divisor,
             losses,
             hits,
             grad_logits,
@@ -312,8 +389,9 @@ def launch(
             rows,
             classes,
             target.stride(0),
+            stride_cw,
             ignore_index,
-            PROBABILITIES=probabilities,
+            **about,
             NEED_GRAD_BIAS=need_bias,
             BLOCK_N=min(512, 4096 // block_k),
             BLOCK_K=block_k,

@@ -30,6 +30,9 @@ from fastlocal.ops.bn_act import backward_launches as _bn_act_backward_launches
 from fastlocal.ops.bn_act import forward_launches as _bn_act_forward_launches
 from fastlocal.ops.bn_act_pool import backward_launches as _pool_backward_launches
 from fastlocal.ops.bn_act_pool import forward_launches as _pool_forward_launches
+from fastlocal.ops.fused_adamw import triton_launches as _adamw_launches
+from fastlocal.ops.fused_sgd import triton_launches as _sgd_launches
+from fastlocal.ops.pool_linear_cross_entropy import triton_launches as _head_launches
 from fastlocal.ops.similarity_matching_loss import launches as _similarity_launches
 from fastlocal.ops.supervised_contrastive_loss import launches as _contrastive_launches
 
@@ -95,6 +98,9 @@ _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] =
     "fastlocal::bn_act_backward_": _bn_act_backward_launches,
     "fastlocal::bn_act_pool_forward": _pool_forward_launches,
     "fastlocal::bn_act_pool_backward": _pool_backward_launches,
+    "fastlocal::fused_adamw_": _adamw_launches,
+    "fastlocal::fused_sgd_": _sgd_launches,
+    "fastlocal::pool_linear_cross_entropy": _head_launches,
     "fastlocal::similarity_matching_loss": _similarity_launches,  # no kernels of their own: ATen's
     "fastlocal::supervised_contrastive_loss": _contrastive_launches,
 }

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
+from fastlocal.ops._seed import is_one
 from fastlocal.reference.pool_linear_cross_entropy import (
     POOLS,
     closed_form,
@@ -29,15 +30,15 @@ from fastlocal.reference.pool_linear_cross_entropy import (
 NAME = "pool_linear_cross_entropy"
 MAX_TRITON_CLASSES = 1024  # a row of logits lives in registers
 FUSED_WEIGHT = 1 << 16  # up to so many elements each Triton program reads the whole weight; beyond, cuBLAS does
-COUNT_ROWS = 4096  # up to so many rows each Triton program counts those that are not ignored itself
+COUNT_ROWS = 4096  # up to so many rows each Triton program adds up itself what the loss is divided by
 
 _library = torch.library.Library("fastlocal", "FRAGMENT")
 # needs: which of grad_pooled [N, C] (of one position of x), grad_weight [K, C] and grad_bias [K] to compute; the others
 # come back as empty tensors. wide_grads: gradients in the dtype of the arithmetic, not of what they belong to, so that
 # multiplying them by a loss scale later rounds once only.
 _library.define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor target, str pool, float label_smoothing, int ignore_index, "
-    "float grad_scale, bool[3] needs, bool wide_grads, str impl) "
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, str pool, float label_smoothing, "
+    "int ignore_index, float grad_scale, bool[3] needs, bool wide_grads, str impl) "
     "-> (Tensor loss, Tensor correct, Tensor grad_pooled, Tensor grad_weight, Tensor grad_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -54,22 +55,28 @@ def pool_linear_cross_entropy(
     pool: str = "mean",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    dense_grad: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of a linear layer on pooled features, once differentiable in x, weight and bias.
 
     Args:
-        x: features, [N, C, *spatial] for pool="mean", [N, T, C] for "tokens", [N, C] for "none"; any strides.
+        x: features, [N, C, *spatial] for pool="mean", [N, T, C] for "tokens" (their mean) and "cls" (the first),
+            [N, C] for "none"; any strides.
         weight: [K, C]. float16, bfloat16 and float32 may be mixed with those of x; float64 only with float64.
         bias: [K] or None.
         target: class indices, int64 [N], or probabilities, floating [N, K] (no gradient).
         label_smoothing: in [0, 1].
         ignore_index: rows with this class index count neither in the loss nor in `correct`.
+        class_weight: [K] or None, as `weight` of F.cross_entropy, any of the dtypes that fit (no gradient).
+        dense_grad: give the gradient of a mean as a tensor in the layout of x, where whoever reads it would copy a view.
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
     Returns:
-        loss [], the mean over the rows that count, in float32 (float64 for float64 input), and correct [], int64,
-        the number of these rows whose largest logit is the target's. The gradient of x is a stride-0 view.
+        loss [], the mean over the rows that count (with class indices weighted by their class_weight), in float32
+        (float64 for float64 input), and correct [], int64, the number of these rows whose largest logit is the
+        target's. The gradient of x is a stride-0 view of a mean, zeros behind the first token for "cls".
         With no row that counts the loss is nan and the gradients are zero, as in F.cross_entropy. A class index out
         of range raises IndexError on the CPU; on a GPU the loss becomes nan or a device-side assert fires.
 
@@ -77,14 +84,13 @@ def pool_linear_cross_entropy(
         ArgumentError: shapes, dtypes or options that do not fit.
         BackendError: `impl` cannot serve the call.
     """
-    _check(x, weight, bias, target, pool, label_smoothing, ignore_index, impl)
+    _check(x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, impl)
+    options = (pool, label_smoothing, ignore_index)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Function.apply(x, weight, bias, target, pool, label_smoothing, ignore_index, impl or "auto")
-    return _operator(
-        x, weight, bias, target, pool, label_smoothing, ignore_index, 1.0, [False] * 3, True, impl or "auto"
-    )[:2]
+        return _Function.apply(x, weight, bias, target, class_weight, *options, dense_grad, impl or "auto")
+    return _operator(x, weight, bias, target, class_weight, *options, 1.0, [False] * 3, True, impl or "auto")[:2]
 
 
 def pool_linear_cross_entropy_value_and_grad(
@@ -96,6 +102,8 @@ def pool_linear_cross_entropy_value_and_grad(
     pool: str = "mean",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    dense_grad: bool = False,
     grad_scale: float = 1.0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -106,42 +114,45 @@ def pool_linear_cross_entropy_value_and_grad(
         The others are those of `pool_linear_cross_entropy`.
 
     Returns:
-        loss [], correct [], grad_x (x.shape and x.dtype, a stride-0 view over the pooled positions: do not write to
-        it), grad_weight [K, C] and grad_bias [K] (None without a bias), each in the dtype of its parameter.
+        loss [], correct [], grad_x (x.shape and x.dtype; of a mean a stride-0 view unless `dense_grad`: do not write
+        to it), grad_weight [K, C] and grad_bias [K] (None without a bias), each in the dtype of its parameter.
 
     Raises:
         As `pool_linear_cross_entropy`.
     """
-    _check(x, weight, bias, target, pool, label_smoothing, ignore_index, impl)
+    _check(x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, impl)
     needs = [True, True, bias is not None]
     with torch.no_grad():
         loss, correct, grad_pooled, grad_weight, grad_bias = _operator(
-            x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs, False, impl or "auto"
+            x,
+            weight,
+            bias,
+            target,
+            class_weight,
+            pool,
+            label_smoothing,
+            ignore_index,
+            grad_scale,
+            needs,
+            False,
+            impl or "auto",
         )
-        grad_x = expand_gradient(grad_pooled, x.shape, pool)
+        grad_x = _gradient(grad_pooled, x.shape, pool, x.dtype, _memory_format(x) if dense_grad else None)
     return loss, correct, grad_x, grad_weight, None if bias is None else grad_bias
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, target, pool, label_smoothing, ignore_index, impl):
+    def forward(ctx, x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, dense_grad, impl):
+        needs = list(ctx.needs_input_grad[:3])
         loss, correct, *grads = _operator(
-            x,
-            weight,
-            bias,
-            target,
-            pool,
-            label_smoothing,
-            ignore_index,
-            1.0,
-            list(ctx.needs_input_grad[:3]),
-            True,
-            impl,
+            x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, 1.0, needs, True, impl
         )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(correct)
         ctx.set_materialize_grads(False)  # no zeros for `correct`
         ctx.shape, ctx.pool = x.shape, pool
+        ctx.memory_format = _memory_format(x) if dense_grad else None
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
         return loss, correct
 
@@ -149,14 +160,33 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * 8
-        # Cast after the product: under a loss scale a float16 gradient rounds once, at its final size.
+            return (None,) * 10
         needed = ctx.needs_input_grad[:3]
-        scaled = iter(torch._foreach_mul([grad for grad, need in zip(ctx.saved_tensors, needed) if need], grad_loss))
-        grads = [next(scaled).to(dtype) if need else None for need, dtype in zip(needed, ctx.dtypes)]
-        if grads[0] is not None:
-            grads[0] = expand_gradient(grads[0], ctx.shape, ctx.pool)
-        return *grads, None, None, None, None, None
+        grads = [grad for grad, need in zip(ctx.saved_tensors, needed) if need]
+        if not is_one(grad_loss):
+            grads = torch._foreach_mul(grads, grad_loss)
+        # Cast after the product: under a loss scale a float16 gradient rounds once, at its final size.
+        left = iter(grads)
+        grad_x = _gradient(next(left), ctx.shape, ctx.pool, ctx.dtypes[0], ctx.memory_format) if needed[0] else None
+        others = [next(left).to(dtype) if need else None for need, dtype in zip(needed[1:], ctx.dtypes[1:])]
+        return grad_x, *others, *[None] * 7
+
+
+def _gradient(
+    grad_pooled: Tensor, shape: torch.Size, pool: str, dtype: torch.dtype, memory_format: torch.memory_format | None
+) -> Tensor:
+    """The gradient of the features in `dtype`, dense in `memory_format` unless that is None."""
+    if memory_format is None or pool in ("cls", "none"):
+        return expand_gradient(grad_pooled, shape, pool, dtype)
+    view = expand_gradient(grad_pooled, shape, pool, grad_pooled.dtype)
+    return torch.empty(shape, dtype=dtype, device=view.device, memory_format=memory_format).copy_(view)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+        return last
+    return torch.contiguous_format
 
 
 def _check(
@@ -164,6 +194,7 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    class_weight: Tensor | None,
     pool: str,
     label_smoothing: float,
     ignore_index: int,
@@ -171,22 +202,27 @@ def _check(
 ) -> None:
     if pool not in POOLS:
         raise ArgumentError(f"pool={pool!r} is not one of {', '.join(map(repr, POOLS))}")
-    wanted = {"mean": "[N, C, *spatial]", "tokens": "[N, T, C]", "none": "[N, C]"}[pool]
-    if not (x.dim() >= 3 if pool == "mean" else x.dim() == (3 if pool == "tokens" else 2)):
+    tokens = pool in ("tokens", "cls")
+    wanted = "[N, T, C]" if tokens else {"mean": "[N, C, *spatial]", "none": "[N, C]"}[pool]
+    if not (x.dim() >= 3 if pool == "mean" else x.dim() == (3 if tokens else 2)):
         raise ArgumentError(f"x has shape {list(x.shape)}; pool={pool!r} takes {wanted}")
-    if positions(x, pool) == 0:
+    if positions(x, pool) == 0 or (pool == "cls" and x.shape[1] == 0):
         raise ArgumentError(f"x has shape {list(x.shape)}: there is no position to pool; give at least one")
-    channels = x.shape[2] if pool == "tokens" else x.shape[1]
+    channels = x.shape[2] if tokens else x.shape[1]
     if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] == 0:
         raise ArgumentError(f"weight has shape {list(weight.shape)}; x {list(x.shape)} takes [K, {channels}], K >= 1")
     classes = weight.shape[0]
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != classes):
         raise ArgumentError(f"bias has shape {list(bias.shape)}; weight {list(weight.shape)} takes [{classes}] or None")
+    if class_weight is not None and (class_weight.dim() != 1 or class_weight.shape[0] != classes):
+        raise ArgumentError(f"class_weight has shape {list(class_weight.shape)}; {classes} classes take [{classes}]")
 
-    dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
+    dtypes = [t.dtype for t in (x, weight, bias, class_weight) if t is not None]
     low = (torch.float16, torch.bfloat16, torch.float32)
     if not (all(d in low for d in dtypes) or all(d == torch.float64 for d in dtypes)):
-        raise ArgumentError(f"x, weight, bias are {dtypes}; give float16, bfloat16 or float32 throughout, or float64")
+        raise ArgumentError(
+            f"x, weight, bias, class_weight are {dtypes}; give float16, bfloat16 or float32 throughout, or float64"
+        )
     if target.is_floating_point():
         if target.dim() != 2 or target.shape[0] != x.shape[0] or target.shape[1] != classes:
             raise ArgumentError(
@@ -198,11 +234,6 @@ def _check(
                 f"ignore_index={ignore_index} needs class indices, but target holds probabilities; drop it or give "
                 "target as int64 [N]"
             )
-        if target.requires_grad and torch.is_grad_enabled():
-            raise ArgumentError(
-                "target requires grad, and this operator has no gradient for it; detach it, or call "
-                "fastlocal.reference.pool_linear_cross_entropy, which has one"
-            )
     elif target.dtype != torch.int64:
         raise ArgumentError(f"target is {target.dtype}; give int64 class indices (target.long()) or probabilities")
     elif target.dim() != 1 or target.shape[0] != x.shape[0]:
@@ -211,7 +242,13 @@ def _check(
         )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ArgumentError(f"label_smoothing={label_smoothing} is outside [0, 1]")
-    for name, t in (("weight", weight), ("bias", bias), ("target", target)):
+    for name, t in (("target", target), ("class_weight", class_weight)):
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(
+                f"{name} requires grad, and this operator has no gradient for it; detach it, or call "
+                "fastlocal.reference.pool_linear_cross_entropy, which has one"
+            )
+    for name, t in (("weight", weight), ("bias", bias), ("target", target), ("class_weight", class_weight)):
         if t is not None and t.device != x.device:
             raise ArgumentError(f"{name} is on {t.device} and x on {x.device}; move them to one device")
     if impl is not None:
@@ -227,10 +264,12 @@ class Signature(NamedTuple):
     classes: int
 
 
-def _signature(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, **_: Any) -> Signature:
+def _signature(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = None, **_: Any
+) -> Signature:
     device, triton = _dispatch.platform(x.device)
-    dtypes = (x.dtype, weight.dtype) if bias is None else (x.dtype, weight.dtype, bias.dtype)
-    return Signature(device, triton, (*dtypes, target.dtype), weight.shape[0])
+    dtypes = tuple(t.dtype for t in (x, weight, bias, target, class_weight) if t is not None)
+    return Signature(device, triton, dtypes, weight.shape[0])
 
 
 def _reject_triton(s: Signature) -> str | None:
@@ -269,18 +308,34 @@ def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     names = [argument.name for argument in _operator._schema.arguments]
     call = dict(zip(names, args)) | kwargs
     x, weight, bias, target, needs = (call[name] for name in ("x", "weight", "bias", "target", "needs"))
-    launches = 2 + needs[1] + 2 * (not _counts_in_kernel(target))  # rows, sums, weight gradient, count
+    launches = 2 + needs[1] + (not _counts_in_kernel(target))  # rows, sums, weight gradient, divisor
     if not _fused(weight):
         launches += 2 + needs[0]  # pool, logits, gradient of the pool
+        launches -= positions(x, call["pool"]) == 1 and x.dtype == torch.float32  # nothing to pool or to cast
         launches += sum(t is not None and t.dtype != torch.float32 for t in (weight, bias))
     if not call["wide_grads"]:
         launches += sum(need and t.dtype != torch.float32 for need, t in zip(needs, (x, weight, bias)))
     return launches
 
 
-def _run(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs, wide_grads, impl) -> Result:
-    chosen = _dispatch.choose(NAME, _signature(x, weight, bias, target), impl)
-    args = (x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale)
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pool: str,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_scale: float,
+    needs: list[bool],
+    wide_grads: bool,
+    impl: str,
+) -> Result:
+    chosen = _dispatch.choose(NAME, _signature(x, weight, bias, target, class_weight=class_weight), impl)
+    args = (x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, grad_scale)
+    if pool == "cls":
+        args = (x[:, 0], *args[1:5], "none", *args[6:])
     if chosen == "triton":
         from fastlocal.triton_kernels import pool_linear_cross_entropy as kernels  # Triton is optional
 
@@ -290,13 +345,15 @@ def _run(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scal
     else:
         loss, correct, *grads = closed_form(*args)
     out = [
-        grad.to(wide_dtype(x, weight) if wide_grads or like is None else like.dtype) if needed else x.new_empty(0)
+        grad.to(wide_dtype(x, weight) if wide_grads or like is None else like.dtype)
+        if needed and grad is not None
+        else x.new_empty(0)
         for grad, like, needed in zip(grads, (x, weight, bias), needs)
     ]
     return loss, correct, out[0], out[1], out[2]
 
 
-def _fake(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs, wide_grads, impl) -> Result:
+def _fake(x, weight, bias, target, class_weight, pool, smoothing, ignore, scale, needs, wide_grads, impl) -> Result:
     wide = wide_dtype(x, weight)
     shapes = ((x.shape[0], weight.shape[1]), weight.shape, weight.shape[:1])
     grads = [
@@ -318,7 +375,18 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 torch.library.register_fake(f"fastlocal::{NAME}", _fake, lib=_library)
 
 
-def _aten(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale, needs):
+def _aten(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pool: str,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The closed form in as few ATen calls as it takes: the divisions ride on the matrix products."""
     wide = wide_dtype(x, weight)
     rows, classes = x.shape[0], weight.shape[0]
@@ -332,30 +400,37 @@ def _aten(x, weight, bias, target, pool, label_smoothing, ignore_index, grad_sca
         logits = torch.addmm(bias.to(wide), summed, wide_weight.t(), alpha=scale)
     log_probs = torch.log_softmax(logits, 1)
     guess = logits.argmax(1)
+    each = None if class_weight is None else class_weight.to(wide)
     backward = any(needs)
+    grad: Tensor | None = None
 
     if target.is_floating_point():
         wanted = target.to(wide)
         if label_smoothing:
             wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
+        if each is not None:
+            wanted = wanted * each
         loss = (wanted * log_probs).sum() / -rows
         correct = (guess == target.argmax(1)).sum()
-        grad = wanted * (-grad_scale / max(rows, 1)) if backward else None
+        if backward:
+            grad = wanted * (-grad_scale / max(rows, 1))
     else:
-        loss, total = torch.ops.aten.nll_loss_forward(log_probs, target, None, 1, ignore_index)
+        loss, total = torch.ops.aten.nll_loss_forward(log_probs, target, each, 1, ignore_index)
         hits = guess == target
         if 0 <= ignore_index < classes:  # elsewhere no guess can equal it
             hits = hits & (target != ignore_index)
         correct = hits.sum()
         if backward:
             one = torch.full((), grad_scale * (1 - label_smoothing), dtype=wide, device=x.device)
-            grad = torch.ops.aten.nll_loss_backward(one, log_probs, target, None, 1, ignore_index, total)
+            grad = torch.ops.aten.nll_loss_backward(one, log_probs, target, each, 1, ignore_index, total)
         if label_smoothing:
-            share = (target != ignore_index).to(wide) / total.clamp(min=1)
-            loss = (1 - label_smoothing) * loss - label_smoothing / classes * (log_probs.sum(1) @ share)
-            if backward:
-                grad.sub_(share[:, None], alpha=grad_scale * label_smoothing / classes)
-    if not backward:
+            share = torch.where(target != ignore_index, total.reciprocal(), 0.0)
+            smooth = log_probs.sum(1) if each is None else log_probs @ each
+            loss = (1 - label_smoothing) * loss - label_smoothing / classes * (smooth @ share)
+            if grad is not None:
+                push = share[:, None] if each is None else torch.outer(share, each)
+                grad.sub_(push, alpha=grad_scale * label_smoothing / classes)
+    if grad is None:
         return loss, correct, None, None, None
     grad_logits = torch.ops.aten._log_softmax_backward_data(grad, log_probs, 1, wide)
     return (

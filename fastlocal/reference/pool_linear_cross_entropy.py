@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlocal.errors import ArgumentError
 
-POOLS = ("mean", "tokens", "none")
+POOLS = ("mean", "tokens", "cls", "none")
 
 
 def wide_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -24,12 +24,12 @@ def wide_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def pooled_dims(x: Tensor, pool: str) -> tuple[int, ...]:
-    """The dimensions of `x` that `pool` averages: "mean" [N, C, *spatial], "tokens" [N, T, C], "none" [N, C]."""
+    """The dimensions of `x` that `pool` averages: "mean" [N, C, *spatial], "tokens" [N, T, C]; none of the others."""
     if pool == "mean":
         return tuple(range(2, x.dim()))
     if pool == "tokens":
         return (1,)
-    if pool == "none":
+    if pool in ("cls", "none"):
         return ()
     raise ArgumentError(f"pool={pool!r} is not one of {', '.join(map(repr, POOLS))}")
 
@@ -43,19 +43,24 @@ def positions(x: Tensor, pool: str) -> int:
 
 
 def pool_features(x: Tensor, pool: str, dtype: torch.dtype) -> Tensor:
-    """Mean over the pooled dimensions, [N, C] in `dtype`.
+    """Mean over the pooled dimensions, or the first token for "cls", [N, C] in `dtype`.
 
     The sum is divided, not the input: autograd then divides the small gradient before it expands it, and hands back a
     stride-0 view where `x.mean(...)` would write a gradient of the size of `x`.
     """
     dims = pooled_dims(x, pool)
     if not dims:
-        return x.to(dtype)
+        return (x[:, 0] if pool == "cls" else x).to(dtype)
     return x.sum(dims, dtype=dtype) / positions(x, pool)
 
 
-def expand_gradient(grad_pooled: Tensor, shape: torch.Size, pool: str) -> Tensor:
-    """The gradient of one position, [N, C], as a stride-0 view of the features' shape."""
+def expand_gradient(grad_pooled: Tensor, shape: torch.Size, pool: str, dtype: torch.dtype) -> Tensor:
+    """The gradient of the features from that of one position, [N, C]: a stride-0 view, but zeros behind a class token."""
+    if pool == "cls":
+        full = grad_pooled.new_zeros(shape, dtype=dtype)
+        full[:, 0] = grad_pooled
+        return full
+    grad_pooled = grad_pooled.to(dtype)
     if pool == "none":
         return grad_pooled
     if pool == "tokens":
@@ -80,21 +85,25 @@ def pool_linear_cross_entropy(
     pool: str = "mean",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and number of correct rows, differentiable to any order.
 
     Args:
-        x: features, [N, C, *spatial] ("mean"), [N, T, C] ("tokens") or [N, C] ("none").
+        x: features, [N, C, *spatial] ("mean"), [N, T, C] ("tokens", or "cls" for the first token) or [N, C] ("none").
         weight: [K, C].
         bias: [K] or None.
         target: class indices, int64 [N], or probabilities, floating [N, K].
+        class_weight: [K], the `weight` of `torch.nn.functional.cross_entropy`: the terms of a class count so often. With
+            class indices the mean is over the weights of the targets, with probabilities over the rows.
 
     Returns:
         loss [] (float64 for float64 input, else float32) and correct [] (int64).
     """
     wide = wide_dtype(x, weight)
     logits = F.linear(pool_features(x, pool, wide), weight.to(wide), None if bias is None else bias.to(wide))
-    return _loss(logits, target, label_smoothing, ignore_index), count_correct(logits, target, ignore_index)
+    loss = _loss(logits, target, label_smoothing, ignore_index, class_weight)
+    return loss, count_correct(logits, target, ignore_index)
 
 
 def pool_linear_cross_entropy_value_and_grad(
@@ -106,18 +115,19 @@ def pool_linear_cross_entropy_value_and_grad(
     pool: str = "mean",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_weight: Tensor | None = None,
     grad_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The same with the gradients of `grad_scale * loss`, in closed form.
 
     Returns:
-        loss [], correct [], gradient of x (a stride-0 view, x.dtype), of weight [K, C] and of bias [K] (None without
+        loss [], correct [], gradient of x (`expand_gradient`, x.dtype), of weight [K, C] and of bias [K] (None without
         one), each in the dtype of what it belongs to.
     """
     loss, correct, grad_pooled, grad_weight, grad_bias = closed_form(
-        x, weight, bias, target, pool, label_smoothing, ignore_index, grad_scale
+        x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, grad_scale
     )
-    grad_x = expand_gradient(grad_pooled.to(x.dtype), x.shape, pool)
+    grad_x = expand_gradient(grad_pooled, x.shape, pool, x.dtype)
     return loss, correct, grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
 
 
@@ -126,6 +136,7 @@ def closed_form(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    class_weight: Tensor | None,
     pool: str,
     label_smoothing: float,
     ignore_index: int,
@@ -137,20 +148,24 @@ def closed_form(
     pooled = pool_features(x, pool, wide)
     logits = F.linear(pooled, weight.to(wide), None if bias is None else bias.to(wide))
 
-    loss = _loss(logits, target, label_smoothing, ignore_index)
+    loss = _loss(logits, target, label_smoothing, ignore_index, class_weight)
 
-    # The distribution that each row should have; all zero where the row is ignored.
+    # The distribution that each row should have, times the weight of each class; and what the sum is divided by.
+    each = logits.new_ones(classes) if class_weight is None else class_weight.to(wide)
     if target.is_floating_point():
         counts = torch.ones_like(target[:, 0], dtype=torch.bool)
         wanted = target.to(wide)
+        total = counts.sum()
     else:
         counts = target != ignore_index
-        wanted = torch.zeros_like(logits).scatter(1, target.where(counts, 0)[:, None], 1.0)
-    wanted = (wanted * (1 - label_smoothing) + label_smoothing / classes) * counts[:, None]
+        known = target.where(counts, 0)
+        wanted = torch.zeros_like(logits).scatter(1, known[:, None], 1.0)
+        total = (each[known] * counts).sum()
+    wanted = (wanted * (1 - label_smoothing) + label_smoothing / classes) * each
 
     # d/dlogits of -sum(wanted * log_softmax(logits)); the rows of `wanted` need not sum to one.
-    grad_logits = logits.softmax(1) * wanted.sum(1, keepdim=True) - wanted
-    grad_logits = grad_logits * (grad_scale / counts.sum().clamp(min=1).to(wide))
+    grad_logits = (logits.softmax(1) * wanted.sum(1, keepdim=True) - wanted) * (grad_scale / total.to(wide))
+    grad_logits = grad_logits.where(counts[:, None], 0.0)
     return (
         loss,
         count_correct(logits, target, ignore_index),
@@ -160,7 +175,10 @@ def closed_form(
     )
 
 
-def _loss(logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
+def _loss(
+    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int, class_weight: Tensor | None
+) -> Tensor:
+    each = None if class_weight is None else class_weight.to(logits.dtype)
     if target.is_floating_point():
-        return F.cross_entropy(logits, target.to(logits.dtype), label_smoothing=label_smoothing)
-    return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return F.cross_entropy(logits, target.to(logits.dtype), each, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, target, each, ignore_index=ignore_index, label_smoothing=label_smoothing)

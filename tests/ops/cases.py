@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from fastlocal.reference.pool_linear_cross_entropy import pooled_dims, positions
 
 TARGETS = ("index", "ignored", "smoothed", "probabilities")
+WEIGHTED = ("weighted", "weighted probabilities")  # the same with class weights, one of them zero
+ALL = TARGETS + WEIGHTED
 
 
 def assert_within_error_rule(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str, terms: float = 0.0) -> None:
@@ -37,23 +41,28 @@ def make(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     bias: bool = True,
-) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor], dict[str, float]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor], dict[str, Any]]:
     """Features [N, C, *spatial], weight, bias and target, and the options for them."""
     x = torch.randn(rows, channels, *spatial).to(dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     weight = (torch.randn(classes, channels) / channels**0.5).to(dtype)
     target = torch.randint(classes, (rows,))
-    options: dict[str, float] = {}
+    options: dict[str, Any] = {}
     if kind == "ignored":
         options["ignore_index"] = classes - 1  # a class that exists, so that a guess can equal it
         target[::2] = classes - 1
         target[1:2] = 0  # one row counts, unless it is the only one
-    elif kind in ("smoothed", "probabilities"):
+    elif kind != "index":
         options["label_smoothing"] = 0.1
-    if kind == "smoothed":
+    if kind in ("smoothed", "weighted"):
         target[1::3] = -100
-    if kind == "probabilities":
+    if kind in WEIGHTED:
+        options["class_weight"] = (0.25 + torch.rand(classes)).to(dtype)
+        if classes > 2:
+            options["class_weight"][1] = 0
+            target[target == 1] = 2  # or the weights of the rows might sum to nothing
+    if kind.endswith("probabilities"):
         # Rows that need not sum to one: F.cross_entropy does not ask for it.
         target = ((0.5 + torch.rand(rows, 1)) * torch.rand(rows, classes).softmax(1)).to(dtype)
     return (x, weight, torch.randn(classes).to(dtype) if bias else None, target), options
@@ -68,8 +77,10 @@ def rival(args, *, pool: str = "mean", **options) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]
     x, weight, bias = (*leaves, None)[:3]
     dims = pooled_dims(x, pool)
-    logits = F.linear(x.mean(dims) if dims else x, weight, bias)
-    loss = F.cross_entropy(logits, target, **options)
+    features = x[:, 0] if pool == "cls" else x.mean(dims) if dims else x
+    logits = F.linear(features, weight, bias)
+    each = options.pop("class_weight", None)
+    loss = F.cross_entropy(logits, target, None if each is None else each.to(logits.dtype), **options)
     if target.is_floating_point():
         correct = (logits.argmax(1) == target.argmax(1)).sum()
     else:
@@ -87,13 +98,23 @@ def check(op, args, what: str = "", *, pool: str = "mean", **options) -> None:
     same, truth = rival(args, pool=pool, **options), rival(to_double(args), pool=pool, **options)
     x, weight, bias, target = to_double(args)
     dims = pooled_dims(x, pool)
-    features = x.mean(dims) if dims else x
+    features = x[:, 0] if pool == "cls" else x.mean(dims) if dims else x
     largest = F.linear(features, weight, bias).abs().max().item() if len(x) else 0.0
-    share = 1 / max(
-        1, len(x) if target.is_floating_point() else (target != options.get("ignore_index", -100)).sum().item()
-    )
+    if target.is_floating_point():
+        share = 1 / max(1, len(x))
+    else:
+        counts = target != options.get("ignore_index", -100)
+        each = options.get("class_weight", weight.new_ones(len(weight))).double()
+        share = each.max().item() / max(1e-9, (each[target.where(counts, 0)] * counts).sum().item())
     share /= positions(x, pool)
-    sizes = (largest, 0.0, weight.abs().max().item() * share, features.abs().max().item() if len(x) else 0.0, 1.0)
+    # A rounded logit moves its probability by as much.
+    sizes = (
+        largest,
+        0.0,
+        weight.abs().max().item() * share * min(1 + largest, 10),
+        features.abs().max().item() if len(x) else 0.0,
+        1.0,
+    )
     names = ("loss", "correct", "grad_x", "grad_weight", "grad_bias")
     for name, size, g, s, t in zip(names, sizes, got, same, truth):
         if name == "correct":

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlocal import ops, reference
 from fastlocal.errors import ArgumentError, BackendError
 from fastlocal.ops import pool_linear_cross_entropy, pool_linear_cross_entropy_value_and_grad
-from tests.ops.cases import TARGETS, assert_within_error_rule, check, make, rival, to_double
+from fastlocal.ops._seed import ones
+from tests.ops.cases import ALL, assert_within_error_rule, check, make, rival, to_double
 
 IMPLS = ("aten", "reference")
 OPERATOR = torch.ops.fastlocal.pool_linear_cross_entropy.default
@@ -35,7 +36,7 @@ def through_autograd(impl):
 @pytest.mark.parametrize("rows", [1, 3, 31, 63, 127])
 def test_ragged_sizes(rows, classes, impl):
     for spatial, dtype, kind in itertools.product(
-        [(1, 1), (7, 7), (32, 32)], [torch.float32, torch.bfloat16, torch.float16], TARGETS
+        [(1, 1), (7, 7), (32, 32)], [torch.float32, torch.bfloat16, torch.float16], ALL
     ):
         channels = {1: 127, 7: 31, 32: 3}[spatial[0]]
         args, options = make(rows, channels, spatial, classes, kind=kind, dtype=dtype, channels_last=rows in (3, 63))
@@ -43,13 +44,15 @@ def test_ragged_sizes(rows, classes, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("pool, shape", [("mean", (4, 5, 6)), ("mean", (2, 3, 4, 5)), ("tokens", ()), ("none", ())])
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    "pool, shape", [("mean", (4, 5, 6)), ("mean", (2, 3, 4, 5)), ("tokens", ()), ("cls", ()), ("none", ())]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_pools_and_both_forms(pool, shape, kind, impl, bias):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         args, options = make(9, 7, shape, 5, kind=kind, dtype=dtype, bias=bias)
-        if pool == "tokens":
+        if pool in ("tokens", "cls"):
             args = (torch.randn(9, 6, 7).to(dtype), *args[1:])
         for form in (value_and_grad(impl), through_autograd(impl)):
             check(form, args, f"{dtype}", pool=pool, **options)
@@ -115,7 +118,7 @@ def test_partial_gradients(needs, impl):
 
 def test_no_gradient_is_computed_without_need():
     args, _ = make(6, 5, (3, 3), 4)
-    none = OPERATOR(*args, "mean", 0.0, -100, 1.0, [False] * 3, True, "auto")
+    none = OPERATOR(*args, None, "mean", 0.0, -100, 1.0, [False] * 3, True, "auto")
     assert [t.numel() for t in none[2:]] == [0, 0, 0]
     args[0].requires_grad_()
     with torch.no_grad():
@@ -123,10 +126,12 @@ def test_no_gradient_is_computed_without_need():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("pool, spatial", [("mean", (2, 3)), ("none", ())])
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("pool, spatial", [("mean", (2, 3)), ("none", ()), ("cls", ())])
 def test_gradcheck(pool, spatial, kind, impl):
     args, options = make(4, 3, spatial, 5, kind=kind, dtype=torch.float64)
+    if pool == "cls":
+        args = (torch.randn(4, 2, 3, dtype=torch.float64), *args[1:])
     leaves = [t.requires_grad_() for t in args[:3]]
 
     def loss(x, weight, bias):
@@ -145,7 +150,7 @@ def test_gradcheck_of_the_specification_to_second_order():
     assert torch.autograd.gradcheck(loss, leaves) and torch.autograd.gradgradcheck(loss, leaves)
 
 
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", ALL)
 def test_closed_form_of_the_specification(kind):
     args, options = make(7, 5, (3, 2), 6, kind=kind, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in args[:3]]
@@ -154,6 +159,60 @@ def test_closed_form_of_the_specification(kind):
     assert torch.equal(closed[0], loss) and torch.equal(closed[1], correct)
     for got, grad in zip(closed[2:], torch.autograd.grad(loss * 8, leaves)):
         torch.testing.assert_close(got, grad, rtol=1e-12, atol=1e-15)
+
+
+def test_class_weights_are_those_of_cross_entropy():
+    """Where they do not sum to the number of rows: the mean over indices is weighted, that over probabilities is not."""
+    args, _ = make(6, 5, (3, 3), 4)
+    each = torch.tensor([4.0, 1.0, 0.5, 0.0])
+    args[3].copy_(torch.tensor([0, 1, 2, 3, 0, -100]))
+    logits = F.linear(args[0].mean((2, 3)), *args[1:3])
+    for target in (args[3], torch.rand(6, 4)):
+        for smoothing in (0.0, 0.3):
+            expected = F.cross_entropy(logits, target, each, label_smoothing=smoothing)
+            for impl in IMPLS:
+                options = dict(class_weight=each, label_smoothing=smoothing, impl=impl)
+                torch.testing.assert_close(pool_linear_cross_entropy(*args[:3], target, **options)[0], expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_whose_classes_weigh_nothing(impl):
+    """No weight to divide by: nan, as F.cross_entropy has it, and zero for the rows that are ignored anyway."""
+    args, _ = make(3, 5, (3, 3), 4)
+    args[3].copy_(torch.tensor([1, -100, 1]))
+    each = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    expected = rival(args, class_weight=each)
+    loss, _, grad_x, *_ = value_and_grad(impl)(*args, class_weight=each)
+    assert loss.isnan() and expected[0].isnan()
+    assert torch.equal(grad_x.isnan(), expected[2].isnan()) and not grad_x[1].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_class_token(impl, dtype):
+    args, _ = make(4, 3, (), 5, dtype=dtype)
+    tokens = torch.randn(4, 6, 3).to(dtype)
+    first = (tokens[:, 0].clone(), *args[1:])
+    for form in (value_and_grad(impl), through_autograd(impl)):
+        got, want = form(tokens, *args[1:], pool="cls"), form(*first, pool="none")
+        assert got[2].shape == tokens.shape and got[2].dtype == dtype and not got[2][:, 1:].any()
+        for a, b in zip((*got[:2], got[2][:, 0], *got[3:]), want):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "pool, shape", [("mean", (4, 3, 5, 6)), ("mean", (4, 3, 2, 2, 2)), ("tokens", (4, 6, 3)), ("none", (4, 3))]
+)
+def test_dense_gradient(pool, shape):
+    args, _ = make(4, 3, (), 5, dtype=torch.bfloat16)
+    x = torch.randn(shape).to(torch.bfloat16)
+    layouts = [x, x.to(memory_format=torch.channels_last)] if len(shape) == 4 else [x]
+    for x in layouts:
+        for form in (value_and_grad(None), through_autograd(None)):
+            view = form(x, *args[1:], pool=pool)[2]
+            dense = form(x, *args[1:], pool=pool, dense_grad=True)[2]
+            assert torch.equal(dense, view) and dense.stride() == x.stride()
+            assert pool == "none" or 0 in view.stride()
 
 
 def test_second_derivative_is_refused():
@@ -189,7 +248,7 @@ def test_empty_batch_of_probabilities(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", ALL)
 def test_huge_logits(kind, impl):
     (_, _, _, target), options = make(31, 16, (4, 4), 10, kind=kind)
     # Whole numbers: the logits are exact in every order of summation, near 1e4 and far apart.
@@ -260,6 +319,7 @@ def test_float16_features_whose_sum_overflows():
     "impl, kind, pool, dtype, needs, wide",
     [
         ("aten", "index", "mean", torch.float32, (True, True, True), True),
+        ("aten", "weighted", "cls", torch.float32, (True, True, True), False),
         ("aten", "probabilities", "none", torch.bfloat16, (True, True, True), False),
         ("aten", "ignored", "mean", torch.bfloat16, (True, False, False), True),
         ("aten", "smoothed", "none", torch.float32, (False, False, False), True),
@@ -269,8 +329,11 @@ def test_float16_features_whose_sum_overflows():
 )
 def test_opcheck(impl, kind, pool, dtype, needs, wide):
     args, options = make(6, 5, (3, 3) if pool == "mean" else (), 4, kind=kind, dtype=dtype)
+    if pool == "cls":
+        args = (torch.randn(6, 2, 5), *args[1:])
     smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
-    torch.library.opcheck(OPERATOR, (*args, pool, smoothing, ignore, 1.0, list(needs), wide, impl))
+    each = options.get("class_weight")
+    torch.library.opcheck(OPERATOR, (*args, each, pool, smoothing, ignore, 1.0, list(needs), wide, impl))
 
 
 def test_compile_fullgraph_equals_eager():
@@ -331,7 +394,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", ALL)
 def test_poisoned_memory(kind, impl, monkeypatch):
     args, options = make(6, 5, (3, 3), 4, kind=kind)
     clean = pool_linear_cross_entropy_value_and_grad(*args, impl=impl, **options)
@@ -363,11 +426,11 @@ def run_inside(impl, args, needs=(True, True, True), options=None, wide=False):
     """The operator's body, so that a dispatch mode sees what is inside."""
     options = options or {}
     smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
-    return MODULE._run(*args, "mean", smoothing, ignore, 1.0, list(needs), wide, impl)
+    return MODULE._run(*args, options.get("class_weight"), "mean", smoothing, ignore, 1.0, list(needs), wide, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", ALL)
 def test_no_host_sync(kind, impl):
     args, options = make(6, 5, (3, 3), 4, kind=kind)
     with Trace() as trace:
@@ -399,13 +462,47 @@ def test_autograd_adds_one_launch():
     assert trace.names == ["ones", "_foreach_mul"], trace.names
 
 
+@pytest.mark.parametrize("dtype, launches", [(torch.float32, 0), (torch.bfloat16, 3)])
+def test_a_seed_known_to_be_one_is_not_multiplied(dtype, launches):
+    """Nor copied: a parameter takes the very memory that was saved."""
+    leaves = [t.requires_grad_() for t in make(6, 5, (3, 3), 4, dtype=dtype)[0][:3]]
+    target = torch.tensor([0, 1, 2, 3, 0, 1])
+    expected = torch.autograd.grad(pool_linear_cross_entropy(*leaves, target)[0], leaves, torch.ones(()))
+    x = leaves[0] * 1  # a leaf would make its stride-0 gradient dense
+    loss, _ = pool_linear_cross_entropy(x, *leaves[1:], target)
+    seed = ones(loss)
+    with Trace() as trace:
+        loss.backward(seed, inputs=[*leaves[1:]])
+    assert len(trace.names) == launches, trace.names
+    for leaf, grad in zip(leaves[1:], expected[1:]):
+        assert torch.equal(leaf.grad, grad)
+    loss, _ = pool_linear_cross_entropy(x, *leaves[1:], target)
+    with Trace() as trace:
+        got = torch.autograd.grad(loss, [x, *leaves[1:]], seed)
+    assert len(trace.names) == launches, trace.names
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_taken_twice_is_not_shared_with_what_is_accumulated():
+    x, weight, bias, target = make(6, 5, (3, 3), 4)[0]
+    weight.requires_grad_()
+    loss, _ = pool_linear_cross_entropy(x, weight, bias, target)
+    seed = ones(loss)
+    loss.backward(seed, retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward(seed)
+    assert torch.equal(weight.grad, 2 * once)
+
+
 def test_class_that_does_not_exist():
     args, _ = make(4, 3, (2, 2), 5)
     for bad in (5, -1):
         args[3][1] = bad
         for impl in IMPLS:
-            with pytest.raises(IndexError, match="out of bounds"):
-                pool_linear_cross_entropy(*args, impl=impl)
+            for each in (None, torch.ones(5)):
+                with pytest.raises(IndexError, match="out of bounds"):
+                    pool_linear_cross_entropy(*args, class_weight=each, impl=impl)
 
 
 def test_signature_and_reasons():
@@ -433,16 +530,22 @@ X, W, B, T = (4, 3, 2, 2), (5, 3), (5,), (4,)
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(pool="max"), "pool='max' is not one of 'mean', 'tokens', 'none'"),
+        (dict(pool="max"), "pool='max' is not one of 'mean', 'tokens', 'cls', 'none'"),
         (dict(x=torch.zeros(4, 3)), r"x has shape \[4, 3\]; pool='mean' takes \[N, C, \*spatial\]"),
+        (dict(pool="cls"), r"x has shape .* pool='cls' takes \[N, T, C\]"),
+        (dict(pool="cls", x=torch.zeros(4, 0, 3)), "no position to pool"),
+        (dict(class_weight=torch.ones(4)), r"class_weight has shape \[4\]; 5 classes take \[5\]"),
+        (dict(class_weight=torch.ones(5, dtype=torch.float64)), "class_weight are .*float64"),
+        (dict(class_weight=torch.ones(5, requires_grad=True)), "class_weight requires grad.*detach"),
+        (dict(class_weight=torch.ones(5, device="meta")), "class_weight is on meta"),
         (dict(pool="tokens"), r"x has shape .* pool='tokens' takes \[N, T, C\]"),
         (dict(pool="none"), r"x has shape .* pool='none' takes \[N, C\]"),
         (dict(x=torch.zeros(4, 3, 0, 2)), "no position to pool"),
         (dict(weight=torch.zeros(5, 4)), r"weight has shape \[5, 4\]; .* takes \[K, 3\]"),
         (dict(weight=torch.zeros(0, 3)), "K >= 1"),
         (dict(bias=torch.zeros(4)), r"bias has shape \[4\]; .* takes \[5\] or None"),
-        (dict(weight=torch.zeros(W, dtype=torch.float64)), "x, weight, bias are .*float64"),
-        (dict(x=torch.zeros(X, dtype=torch.int64)), "x, weight, bias are .*int64"),
+        (dict(weight=torch.zeros(W, dtype=torch.float64)), "x, weight, bias, class_weight are .*float64"),
+        (dict(x=torch.zeros(X, dtype=torch.int64)), "x, weight, bias, class_weight are .*int64"),
         (dict(target=torch.zeros(T, dtype=torch.int32)), r"target is torch.int32; give int64 .*target.long\(\)"),
         (dict(target=torch.zeros(3, dtype=torch.int64)), r"target has shape \[3\]; class indices for .* are \[4\]"),
         (dict(target=torch.zeros(4, 1, dtype=torch.int64)), r"target has shape \[4, 1\]"),

@@ -14,7 +14,7 @@ from fastlocal import ops
 from fastlocal.errors import BackendError
 from fastlocal.ops import pool_linear_cross_entropy, pool_linear_cross_entropy_value_and_grad
 from fastlocal.triton_kernels import pool_linear_cross_entropy as kernels
-from tests.ops.cases import TARGETS, check, make, rival
+from tests.ops.cases import ALL, check, make, rival
 from tests.triton_kernels.interpreter import mend
 
 mend()
@@ -54,6 +54,8 @@ def triton(*args, **options):
         (3, 127, (7, 7), 100, "ignored", True),
         (3, 3, (32, 32), 100, "probabilities", True),
         (5, 65, (3, 11), 127, "smoothed", False),
+        (31, 5, (3, 2), 10, "weighted", True),
+        (3, 31, (7, 7), 1000, "weighted probabilities", False),
     ],
 )
 def test_ragged_sizes(rows, channels, spatial, classes, kind, channels_last, dtype):
@@ -67,17 +69,18 @@ def test_many_rows(rows):
     check(triton, args, **options)
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("pool", ["mean", "tokens", "none"])
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("pool", ["mean", "tokens", "cls", "none"])
 def test_pools(pool, kind, route):
     args, options = make(4, 6, (3, 2) if pool == "mean" else (), 5, kind=kind, bias=pool != "tokens")
-    if pool == "tokens":
+    if pool in ("tokens", "cls"):
         args = (torch.randn(4, 7, 6), *args[1:])
     check(triton, args, pool=pool, **options)
 
 
-def test_counting_outside_the_kernel(monkeypatch, route):
-    args, options = make(7, 6, (3, 2), 5, kind="ignored")
+@pytest.mark.parametrize("kind", ["ignored", "probabilities", "weighted"])
+def test_the_divisor_of_many_rows(kind, monkeypatch, route):
+    args, options = make(7, 6, (3, 2), 5, kind=kind)
     monkeypatch.setattr(OPERATOR, "COUNT_ROWS", 4)
     check(triton, args, **options)
 
@@ -93,7 +96,7 @@ def test_no_row_counts(rows, smoothing, route):
 
 
 def test_huge_logits(route):
-    for kind in TARGETS:
+    for kind in ALL:
         (_, _, _, target), options = make(9, 16, (4, 4), 10, kind=kind)
         x = torch.randint(-40, 40, (9, 16, 4, 4)).float()
         weight, bias = torch.randint(-100, 100, (10, 16)).float() * 16, torch.randint(-9, 9, (10,)).float()
@@ -125,6 +128,7 @@ def test_any_strides(route):
         for got, want in zip(triton(*args), dense):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     check(triton, (x, weight, bias, strided(torch.rand(4, 7))))
+    check(triton, (x, weight, bias, target), class_weight=strided(torch.rand(7)))
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
@@ -159,11 +163,12 @@ def test_scale_of_the_gradients_and_bit_reproducibility(route):
         torch.testing.assert_close(a * 1024, b)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bad", [4, -1])
-def test_class_that_does_not_exist_is_never_a_silent_number(bad, route):
+def test_class_that_does_not_exist_is_never_a_silent_number(bad, weighted, route):
     args, _ = make(3, 5, (3, 3), 4)
     args[3][1] = bad
-    loss, _, grad_x, grad_weight, _ = triton(*args)
+    loss, _, grad_x, grad_weight, _ = triton(*args, class_weight=torch.ones(4) if weighted else None)
     assert loss.isnan() and grad_x[1].isnan().all() and grad_weight.isnan().all()
     assert not grad_x[0].isnan().any()
 

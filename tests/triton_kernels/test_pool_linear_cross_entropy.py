@@ -34,22 +34,27 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    names = ("fl_pool_linear_cross_entropy_fwd_kernel", "fl_pool_linear_cross_entropy_reduce_kernel")
-    recorders = [Recorder(getattr(kernels, name)) for name in names]
-    for name, recorder in zip(names, recorders):
-        monkeypatch.setattr(kernels, name, recorder)
+    """Every kernel of the module, by the last part of its name."""
+    prefix = "fl_pool_linear_cross_entropy_"
+    recorders = {}
+    for name in dir(kernels):
+        if name.startswith("fl_"):
+            recorders[name.removeprefix(prefix).removesuffix("_kernel")] = Recorder(getattr(kernels, name))
+            monkeypatch.setattr(kernels, name, recorders[name.removeprefix(prefix).removesuffix("_kernel")])
     return recorders
 
 
 def launch(args, options=None, *, pool="mean", needs=(True, True, True), fused=True, count=True):
     options = options or {}
     smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
-    return kernels.launch(*args, pool, smoothing, ignore, 1.0, needs, fused, count)
+    return kernels.launch(*args, options.get("class_weight"), pool, smoothing, ignore, 1.0, needs, fused, count)
 
 
 # Channels, spatial, classes, channels_last, kind of target, fused.
 SHAPES = [
     (16, (32, 32), 10, False, "index", True),
+    (16, (8, 8), 10, False, "weighted", True),
+    (64, (7, 7), 1000, False, "weighted probabilities", True),
     (16, (32, 32), 10, True, "index", True),
     (64, (8, 8), 100, True, "probabilities", True),
     (64, (7, 7), 1000, False, "smoothed", True),
@@ -67,10 +72,10 @@ SHAPES = [
 def test_compiles_without_spills(capability, dtype, recorded, tmp_path):
     for channels, spatial, classes, channels_last, kind, fused in SHAPES:
         args, options = make(4, channels, spatial, classes, kind=kind, dtype=dtype, channels_last=channels_last)
-        for recorder in recorded:
+        for recorder in recorded.values():
             recorder.calls.clear()
-        launch(args, options, fused=fused)
-        for recorder in recorded:
+        launch(args, options, fused=fused, count=kind != "weighted")
+        for recorder in recorded.values():
             for call in recorder.calls:
                 used = compile_for(capability, recorder.kernel, *call, tmp_path)
                 what = f"{channels, spatial, classes, channels_last, kind} {recorder.kernel.__name__}: {used}"
@@ -99,7 +104,9 @@ class Trace(TorchDispatchMode):
     [
         (8, 16, 10, "index", torch.float32),
         (8, 16, 10, "probabilities", torch.bfloat16),
+        (8, 16, 10, "weighted", torch.float32),
         (5000, 4, 3, "ignored", torch.float32),
+        (5000, 4, 3, "weighted", torch.float32),
         (8, 100, 1000, "smoothed", torch.float32),
         (8, 100, 1000, "index", torch.bfloat16),
     ],
@@ -110,10 +117,10 @@ def test_launches(rows, channels, classes, kind, dtype, needs, wide_grads, recor
     monkeypatch.setattr(operator._dispatch, "choose", lambda *_: "triton")
     args, options = make(rows, channels, (2, 2), classes, kind=kind, dtype=dtype)
     smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
-    call = (*args, "mean", smoothing, ignore, 1.0, list(needs), wide_grads, "triton")
+    call = (*args, options.get("class_weight"), "mean", smoothing, ignore, 1.0, list(needs), wide_grads, "triton")
     with Trace() as trace:
         operator._run(*call)
-    count = len(trace.names) + sum(len(r.calls) for r in recorded)
+    count = len(trace.names) + sum(len(r.calls) for r in recorded.values())
     assert triton_launches(call, {}) == count, trace.names
     if rows == 8 and classes == 10 and wide_grads and all(needs):
         assert count == 3  # rows, sums, weight gradient
@@ -122,7 +129,7 @@ def test_launches(rows, channels, classes, kind, dtype, needs, wide_grads, recor
 def test_empty_batch_launches_no_empty_grid(recorded):
     args, _ = make(0, 3, (2, 2), 4)
     launch(args)
-    assert [len(r.calls) for r in recorded] == [0, 1]
+    assert {name: len(r.calls) for name, r in recorded.items() if r.calls} == {"reduce": 1}
 
 
 def test_config_is_pure_and_bounded():
