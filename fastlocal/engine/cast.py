@@ -78,6 +78,15 @@ class CastWeights:
         if grown:
             torch._foreach_add_(grown, more)
 
+    def abandon(self) -> None:
+        """The float32 weights are back, and nothing is launched."""
+        if self._inside is None:
+            return
+        for slot, low, master in zip(self._slots[self._inside], self._lows[self._inside], self._masters, strict=True):
+            slot.module._parameters[slot.key] = master  # type: ignore[assignment]
+            low.grad = None
+        self._masters, self._inside = [], None
+
     def _place(self, masters: list[Tensor]) -> list[Tensor]:
         """Tensors in the shared scratch buffer, with the masters' shapes and strides."""
         need = sum(p.numel() for p in masters)

@@ -15,12 +15,14 @@ from fastlocal.blocks.batch import split_call
 from fastlocal.blocks.block import Block, start_backward
 from fastlocal.engine.cast import CastWeights
 from fastlocal.engine.clip import Clip
+from fastlocal.engine.graph import StepGraphs
 from fastlocal.engine.guard import BatchCounts, Guard
 from fastlocal.engine.memory import is_out_of_memory, out_of_memory
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
 from fastlocal.engine.output import Hits, StepOutput, count_targets
 from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
+from fastlocal.ops import _dispatch
 
 PRECISIONS = {
     "32-true": None, "fp32": None, "bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "fp16": torch.float16,
@@ -52,9 +54,16 @@ class Engine:
         optimizer: called once per block with its ``[(name, parameter)]``, or a `LocalOptimizer` made so.
         schedule: ``"sequential"``, or ``"auto"``, which is sequential today.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"`` (autocast; fp16 with one loss scale per block, on the device).
-        graph: CUDA graphs, ``"auto"`` or ``"off"``; ``"auto"`` is off today.
-        backend: ``"auto"`` lets block optimizers take PyTorch's fused step, and casts a block's weights together under autocast;
-            ``"reference"`` leaves everything plain.
+        graph: ``"on"`` captures the whole step in a CUDA graph, once for each shape of a batch (8 at most, the others stay
+            eager), after two or three eager steps of that shape. A replay reads the rates and the step's number from the
+            device; whatever else changes (modules, tensors, their addresses, ``requires_grad``, modes, other options of the
+            optimizer) is noticed before the next replay and leads to eager steps and a new capture. Steps that close an
+            accumulation are eager. Forward hooks, and Python in a module's forward, run at a capture only. Rates are
+            rounded to float32. ``"off"``, and today ``"auto"``, are eager.
+        backend: ``"auto"`` lets each operator choose the best that can serve it, block optimizers take PyTorch's fused step, and
+            casts a block's weights together under autocast; ``"reference"`` leaves everything plain and runs every operator
+            by its specification. ``"triton"`` and ``"native"`` ask for that form of every operator that has one, and raise
+            where it cannot serve.
         update: ``"immediate"`` steps a block and frees its gradients at once; ``"end"`` steps all blocks after the last backward,
             or none: a step that fails or turns non-finite changes nothing, BatchNorm statistics included.
         deterministic: one random stream per block, keyed by (seed, block), and PyTorch's deterministic algorithms.
@@ -74,7 +83,8 @@ class Engine:
 
     Raises:
         ArgumentError: a value that is not one of these.
-        BackendError: a schedule, graph mode or backend asked for by name that cannot serve.
+        BackendError: a schedule, graph mode or backend asked for by name that cannot serve; with ``graph="on"`` also from
+            `step`, where the step cannot be captured. Nothing has been changed then.
     """
 
     def __init__(
@@ -104,10 +114,11 @@ class Engine:
         _one_of("nonfinite", nonfinite, ("raise", "skip", "stop"))
         if schedule in ("overlap", "pipeline"):
             raise BackendError(f"schedule: {schedule!r} has no executor in this version; use 'sequential' or 'auto'")
-        if graph == "on":
-            raise BackendError("graph: 'on' has no executor in this version; use 'auto' or 'off'")
-        if backend in ("triton", "native"):
-            raise BackendError(f"backend: the step has no {backend!r} form in this version; use 'auto' or 'reference'")
+        device = next(model.parameters()).device
+        if backend == "triton" and (reason := _dispatch.platform(device).triton):
+            raise BackendError(f"backend: 'triton' cannot serve this model: {reason}. Or use 'auto'")
+        if backend == "native" and device.type != "cpu":
+            raise BackendError(f"backend: 'native' serves on a CPU, the model is on {device.type}; use 'auto' or 'triton'")
         self.clip = Clip.coerce(clip)
         if self.clip is not None and self.clip.scope == "global" and update != "end":
             raise ArgumentError(
@@ -115,19 +126,20 @@ class Engine:
             )
         if self.clip is not None:
             self.clip = self.clip.bind(model)
-        self.model = model
+        self.model, self.device = model, device
+        self.deterministic, self.seed, self.graph, self.backend = deterministic, seed, graph, backend
         if isinstance(optimizer, LocalOptimizer):
             optimizer.check_model(model)
             self.optimizer = optimizer
         else:
-            self.optimizer = LocalOptimizer(model, optimizer, fused=backend == "auto")
+            self.optimizer = LocalOptimizer(model, optimizer, fused=backend != "reference")
+        self._graphs = StepGraphs(self) if graph == "on" else None
         if memory_format == "channels_last":  # in place, and last: a refusal above leaves the model as it was
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision, self.update, self.memory_format = precision, update, memory_format
-        self.deterministic, self.seed, self.nonfinite = deterministic, seed, nonfinite
+        self.nonfinite = nonfinite
         self.steps = 0
         self.should_stop = False
-        self.device = next(model.parameters()).device
         self._dtype = PRECISIONS[precision]
         count = len(model.blocks)
         self._guard = Guard(model.blocks, self.device, together=update == "end")
@@ -140,7 +152,7 @@ class Engine:
         )
         self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
         self._one = torch.ones((), device=self.device)
-        self._cast = CastWeights(model.blocks, self._dtype) if self._dtype and backend == "auto" else None
+        self._cast = CastWeights(model.blocks, self._dtype) if self._dtype and backend != "reference" else None
         self._streams: list[list[Tensor]] | None = None
         self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self._updated = 0  # blocks whose update is done in this step
@@ -163,8 +175,8 @@ class Engine:
         """
         call = self._unpack(batch, kwargs)
         self.optimizer.before_step()
-        with self._deterministic():
-            output = self._run(*call, update=True)
+        with self._deterministic(), self._served():
+            output = self._run(*call, update=True) if self._graphs is None else self._graphs.step(*call)
         self.optimizer.after_step()
         self.steps += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
@@ -187,7 +199,7 @@ class Engine:
             As `step`.
         """
         call = self._unpack(batch, kwargs)
-        with self._deterministic():
+        with self._deterministic(), self._served():
             return self._run(*call, update=False)
 
     @property
@@ -206,15 +218,18 @@ class Engine:
         args, kw, target = call or model.unpack(kwargs or (batch[0] if len(batch) == 1 else batch))
         if not model.training:
             raise ArgumentError("model: is in eval mode; call model.train() before engine.step")
-        model.validate(args, kw, target, read=self.steps == 0 or not self._guard.waits)
         if self.memory_format == "channels_last":
             args = tuple(
                 a.contiguous(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a
                 for a in args
             )
+        if self._graphs is None or not self._graphs.knows(args, kw, target):
+            model.validate(args, kw, target, read=self.steps == 0 or not self._guard.waits)
         return args, kw, target
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, update: bool) -> StepOutput:
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, update: bool, capturing: bool = False
+    ) -> StepOutput:
         model = self.model
         hits = Hits(target, model.criterion)
         losses: list[Tensor] = []
@@ -259,11 +274,14 @@ class Engine:
                 self._update_all()
             self._batch_counts.end()
             if update:
-                self._guard.end(self.steps)
+                self._guard.end(self.steps if self._graphs is None else self._graphs.number)
                 self._pending = None
             elif self._pending is not None:
                 self._pending.batches += 1
         except BaseException as error:
+            if capturing:
+                self._abandon()
+                raise
             updated = 0 if self.update == "end" else self._updated
             self._undo()
             if is_out_of_memory(error):
@@ -375,6 +393,14 @@ class Engine:
         self._pending = None
         self._free_gradients()
 
+    def _abandon(self) -> None:
+        """After an exception in a capture, where nothing was computed: Python's side of `_undo`, without a launch."""
+        if self._cast:
+            self._cast.abandon()
+        self._batch_counts.abandon()
+        self._pending = None
+        self._free_gradients()
+
     def _free_gradients(self) -> None:
         for params in self._params:
             for p in params:
@@ -416,7 +442,13 @@ class Engine:
             else [b.index for b in self.model.blocks if b.index not in {i for _, i in bad}],
         )
 
-    # --- precision and randomness ------------------------------------------------------------------------------------
+    # --- precision, backends and randomness --------------------------------------------------------------------------
+
+    def _served(self) -> AbstractContextManager[Any]:
+        """What the operators of a step are asked for."""
+        if self.backend == "auto":
+            return nullcontext()
+        return _dispatch.backend("reference") if self.backend == "reference" else _dispatch.where_it_exists(self.backend)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Without the weight cache: a block's weights are cast once, used once, and updated before the region ends."""
@@ -507,6 +539,8 @@ class Engine:
                 f"state_dict: holds {len(pending['gradients'])} gradients of an accumulation, the model has another number of "
                 "parameters; localize it as the one that was saved"
             )
+        if self._graphs is not None:
+            self._graphs.forget("a state was loaded")
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         for own, saved in zip(self._scales or [], state["scales"], strict=True):
@@ -540,12 +574,19 @@ class Engine:
         return "\n".join(
             [
                 "schedule: sequential; overlap and pipeline have no executor in this version",
-                "graph: off; CUDA graphs have no executor in this version",
+                self._graphs.explain() if self._graphs is not None else f"graph: off; {_why_eager(self.graph)}",
+                f"backend: {self.backend}",
                 f"optimizer: fused step in {fused} of {len(self.optimizer.blocks)} blocks",
                 f"precision: {self.precision}; memory format: {self.memory_format}; update: {self.update}",
                 self.model.explain(),
             ]
         )
+
+
+def _why_eager(graph: str) -> str:
+    if graph == "off":
+        return "as asked for"
+    return "'auto' is eager, because graphs have not been measured on a device; 'on' captures the step"
 
 
 def _skips_on_device(inner: torch.optim.Optimizer | None) -> bool:

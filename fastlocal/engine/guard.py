@@ -68,18 +68,18 @@ class Guard:
         """1 if any block's flag is set, 0-dim."""
         return self._all_found.amax()
 
-    def end(self, step: int, undo: Sequence[int] = ()) -> None:
+    def end(self, step: int | Tensor, undo: Sequence[int] = ()) -> None:
         """After the last block: counts the flags and gives the buffers of flagged blocks their values back.
 
         Args:
-            step: its number, for ``first_bad``.
+            step: its number, for ``first_bad``; 0-dim on the device where the step is captured.
             undo: of a step that failed: blocks whose buffers go back although nothing was flagged.
         """
         if not (self.waits or undo or bool(self._all_found.any())):
             return
         bad = self._all_found > 0
         self.skipped.add_(self._all_found)
-        self.first_bad.masked_fill_(bad & (self.first_bad < 0), float(step))
+        self.first_bad.masked_fill_(bad & (self.first_bad < 0), step)
         if self._together:
             bad |= bad.any()
         for k in undo:
@@ -178,6 +178,12 @@ class BatchCounts:
         self._counting.clear()
         for calls, counters in by_calls.items():
             torch._foreach_add_(counters, calls)
+
+    def abandon(self) -> None:
+        """The counters are tensors again, and nothing is added."""
+        for m, _ in self._counting:
+            del m.__dict__["num_batches_tracked"]
+        self._counting.clear()
 
 
 class _Number:

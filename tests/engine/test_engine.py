@@ -418,7 +418,8 @@ def test_explain_says_what_serves_and_what_does_not() -> None:
     text = fl.Engine(localized(), momentum, update="end").explain()
     for line in (
         "schedule: sequential; overlap and pipeline have no executor in this version",
-        "graph: off; CUDA graphs have no executor in this version",
+        "graph: off; 'auto' is eager, because graphs have not been measured on a device",
+        "backend: auto",
         "optimizer: fused step in 3 of 3 blocks",
         "precision: 32-true; memory format: preserve; update: end",
         "3 blocks as slices",
