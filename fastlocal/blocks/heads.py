@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from fastlocal.blocks import losses
 from fastlocal.blocks.types import LocalLoss, StepContext
+from fastlocal.ops._dispatch import fuses
+from fastlocal.ops.modules import AvgPool, FusedSequential, global_mean
+from fastlocal.ops.pool_linear_cross_entropy import pool_linear_cross_entropy
 
 
 class ClassifierHead(nn.Module):
@@ -27,19 +30,30 @@ class ClassifierHead(nn.Module):
         self.net = net
 
     def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
-        logits = self.net(h)
-        return LocalLoss.of(("task", ctx.criterion(logits, ctx.target), 1.0), logits=logits)
+        loss, scores = task_loss(self.net, h, ctx)
+        return LocalLoss.of(("task", loss, 1.0), **scores)
 
 
-class AvgPool(nn.Module):
-    """Mean over the positions of [B, C, H, W] (or the tokens of [B, T, D]), as [B, C] (or [B, D])."""
+def task_loss(net: nn.Module, h: Tensor, ctx: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """The task loss of the class scores ``net(h)``, and ``{"logits": ...}`` or ``{"correct": ...}``.
 
-    def forward(self, x: Tensor) -> Tensor:
-        positions = (2, 3) if x.dim() == 4 else (1,)
-        if x.dtype == torch.float16:
-            return x.mean(positions)  # the sum could overflow
-        # Dividing the small tensor keeps the gradient a stride-0 view of it; mean() would divide the expanded one.
-        return x.sum(positions) / math.prod(x.shape[d] for d in positions)
+    In training on a GPU, a chain that ends with a Linear under a cross-entropy computes no logits: pool, Linear and loss
+    are one operator, which counts the hits too (`fastlocal.ops.pool_linear_cross_entropy`).
+    """
+    options = losses.cross_entropy_options(ctx.criterion, ctx.target) if net.training and fuses(h.device) else None
+    readout = net.readout() if options is not None and isinstance(net, FusedSequential) else None
+    if options is None or readout is None:
+        logits = net(h)
+        return ctx.criterion(logits, ctx.target), {"logits": logits}
+    assert isinstance(net, FusedSequential)
+    end, linear, pools = readout
+    features = net.run(h, end)
+    pool = {2: "none", 3: "tokens" if pools else "", 4: "mean" if pools else ""}.get(features.dim(), "")
+    if pool == "" or len(features) != len(ctx.target):
+        logits = linear(global_mean(features) if pools else features)
+        return ctx.criterion(logits, ctx.target), {"logits": logits}
+    loss, correct = pool_linear_cross_entropy(features, linear.weight, linear.bias, ctx.target, pool=pool, **options)
+    return loss, {"correct": correct}
 
 
 def conv_bn_relu(
@@ -74,7 +88,7 @@ def dgl_net(
     kernel_size: int = 1,
     hidden: int = 3,
     bias: bool = True,
-) -> nn.Sequential:
+) -> FusedSequential:
     """The heads of the DGL repository: [B, C, H, W] -> [B, num_classes].
 
     Pool to a quarter of the size (not before 3x3 convolutions), ``convs`` times conv + BN + ReLU of the same width,
@@ -99,10 +113,10 @@ def dgl_net(
         layers.append(nn.BatchNorm2d(channels))
     features = channels * last[0] * last[1]
     layers += [nn.Flatten(), *mlp([features] * (hidden + 1) + [num_classes], nn.BatchNorm1d, bias=bias)]
-    return nn.Sequential(*layers)
+    return FusedSequential(*layers)
 
 
-def man_plus_plus_net(shape: tuple[int, ...], num_classes: int, width: int = 128, hidden: int = 512) -> nn.Sequential:
+def man_plus_plus_net(shape: tuple[int, ...], num_classes: int, width: int = 128, hidden: int = 512) -> FusedSequential:
     """The DGL-type head of the MAN++ repository: [B, C, H, W] -> [B, num_classes].
 
     Pool to 8x8, three times 1x1 conv -> ``width`` + BN + ReLU, mean, three times Linear -> ``hidden`` + BN + ReLU,
@@ -111,16 +125,16 @@ def man_plus_plus_net(shape: tuple[int, ...], num_classes: int, width: int = 128
     layers: list[nn.Module] = [] if shape[1:] == (8, 8) else [nn.AdaptiveAvgPool2d(8)]
     for channels in (shape[0], width, width):
         layers += conv_bn_relu(channels, width, 1)
-    return nn.Sequential(*layers, AvgPool(), *mlp([width, hidden, hidden, hidden, num_classes], nn.BatchNorm1d))
+    return FusedSequential(*layers, AvgPool(), *mlp([width, hidden, hidden, hidden, num_classes], nn.BatchNorm1d))
 
 
-def token_mlp(shape: tuple[int, ...], num_classes: int, *, dense: bool, hidden: int = 3) -> nn.Sequential:
+def token_mlp(shape: tuple[int, ...], num_classes: int, *, dense: bool, hidden: int = 3) -> FusedSequential:
     """The token form of an MLP head, ours: ``hidden`` x [Linear, LayerNorm, ReLU] of the same width, Linear.
 
     [B, D] -> [B, num_classes]; [B, T, D] is averaged over tokens first, or with ``dense`` gives [B, T, num_classes].
     """
     pool = [AvgPool()] if len(shape) == 2 and not dense else []
-    return nn.Sequential(*pool, *mlp([shape[-1]] * (hidden + 1) + [num_classes], nn.LayerNorm))
+    return FusedSequential(*pool, *mlp([shape[-1]] * (hidden + 1) + [num_classes], nn.LayerNorm))
 
 
 class PredSimHead(nn.Module):
@@ -148,7 +162,7 @@ class PredSimHead(nn.Module):
         self.sim: nn.Module | None = None
         if losses != "sim":
             pool, features = _decoder_pool(shape, dim_in_decoder)
-            self.pred = nn.Sequential(*pool, nn.Linear(features, num_classes))
+            self.pred = FusedSequential(*pool, nn.Linear(features, num_classes))
         if losses != "pred":
             image = len(shape) == 3
             self.sim = (
@@ -156,10 +170,11 @@ class PredSimHead(nn.Module):
             )
 
     def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
-        terms, logits = [], None
+        terms: list[tuple[str, Tensor, float]] = []
+        scores: dict[str, Tensor] = {}
         if self.pred is not None:
-            logits = self.pred(h)
-            terms.append(("pred", ctx.criterion(logits, ctx.target), self.weights[0]))
+            task, scores = task_loss(self.pred, h, ctx)
+            terms.append(("pred", task, self.weights[0]))
         if self.sim is not None:
             features = self.sim(h)
             dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -169,7 +184,7 @@ class PredSimHead(nn.Module):
             )
             sim = losses.similarity_matching_loss(features, ctx.target, self.num_classes, matched)
             terms.append(("sim", sim, self.weights[1]))
-        return LocalLoss.of(*terms, logits=logits)
+        return LocalLoss.of(*terms, **scores)
 
 
 def _decoder_pool(shape: tuple[int, ...], limit: int) -> tuple[list[nn.Module], int]:
@@ -230,18 +245,18 @@ class InfoProHead(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
-        terms, logits = [], None
+        terms: list[tuple[str, Tensor, float]] = []
+        scores: dict[str, Tensor] = {}
         if self.decoder is not None:
             image = ctx.once(("image", *self.normalisation), lambda: self._image(ctx))
             terms.append(("reconstruction", losses.reconstruction_loss(self.decoder(h), image), self.weights[0]))
         if self.classifier is not None:
-            scores = self.classifier(h)
             if self.contrast:
-                terms.append(("contrast", self._contrast(scores, ctx), self.weights[1]))
+                terms.append(("contrast", self._contrast(self.classifier(h), ctx), self.weights[1]))
             else:
-                logits = scores
-                terms.append(("task", ctx.criterion(scores, ctx.target), self.weights[1]))
-        return LocalLoss.of(*terms, logits=logits)
+                task, scores = task_loss(self.classifier, h, ctx)
+                terms.append(("task", task, self.weights[1]))
+        return LocalLoss.of(*terms, **scores)
 
     def _image(self, ctx: StepContext) -> Tensor:
         assert ctx.input is not None
@@ -266,7 +281,7 @@ class Upsample(nn.Module):
         return F.interpolate(x, size=self.size, mode="bilinear", align_corners=True)
 
 
-def decoder_net(in_channels: int, image: tuple[int, int, int], *, convs: int = 2, width: int = 12) -> nn.Sequential:
+def decoder_net(in_channels: int, image: tuple[int, int, int], *, convs: int = 2, width: int = 12) -> FusedSequential:
     """InfoPro's decoder: [B, in_channels, h, w] -> image logits [B, C, H, W].
 
     Upsample to the image, ``convs - 1`` times 3x3 conv -> ``width`` + BN + ReLU, 3x3 conv to the image's channels. All
@@ -275,10 +290,10 @@ def decoder_net(in_channels: int, image: tuple[int, int, int], *, convs: int = 2
     layers: list[nn.Module] = [Upsample(image[1:])]
     for channels in [in_channels] + [width] * (convs - 2):
         layers += conv_bn_relu(channels, width, 3, bias=True)
-    return nn.Sequential(*layers, nn.Conv2d(width, image[0], 3, padding=1))
+    return FusedSequential(*layers, nn.Conv2d(width, image[0], 3, padding=1))
 
 
-def decoder_net_imagenet(in_channels: int, image: tuple[int, int, int]) -> nn.Sequential:
+def decoder_net_imagenet(in_channels: int, image: tuple[int, int, int]) -> FusedSequential:
     """InfoPro's decoder for ImageNet: [B, in_channels, h, w] -> image logits [B, C, H, W].
 
     1x1 conv -> 128; three times upsample (to 1/4, 1/2, 1 of the image) and 3x3 conv (-> 32, 12, the image's channels).
@@ -287,12 +302,12 @@ def decoder_net_imagenet(in_channels: int, image: tuple[int, int, int]) -> nn.Se
     layers = conv_bn_relu(in_channels, 128, 1, bias=True)
     for part, (width_in, width_out) in ((4, (128, 32)), (2, (32, 12))):
         layers += [Upsample((height // part, width // part)), *conv_bn_relu(width_in, width_out, 3, bias=True)]
-    return nn.Sequential(*layers, Upsample((height, width)), nn.Conv2d(12, channels, 3, padding=1))
+    return FusedSequential(*layers, Upsample((height, width)), nn.Conv2d(12, channels, 3, padding=1))
 
 
 def classifier_net(
     in_channels: int, conv_widths: Sequence[int], stride: int, linear_widths: Sequence[int]
-) -> nn.Sequential:
+) -> FusedSequential:
     """InfoPro's second head: [B, in_channels, h, w] -> [B, linear_widths[-1]].
 
     3x3 conv + BN + ReLU per width (the first with ``stride``), mean, Linear layers with ReLU in between.
@@ -305,10 +320,10 @@ def classifier_net(
     for i, width in enumerate(linear_widths):
         layers += [*([nn.ReLU(inplace=True)] if i else []), nn.Linear(in_channels, width)]
         in_channels = width
-    return nn.Sequential(*layers)
+    return FusedSequential(*layers)
 
 
-def classifier_net_imagenet(in_channels: int, num_classes: int) -> nn.Sequential:
+def classifier_net_imagenet(in_channels: int, num_classes: int) -> FusedSequential:
     """InfoPro's second head for ImageNet: [B, in_channels, h, w] -> [B, num_classes].
 
     1x1 -> 128, 3x3 / 2 -> 256, 3x3 / 2 -> 512, 1x1 -> 2048 (each conv + BN + ReLU), mean, Linear.
@@ -319,4 +334,4 @@ def classifier_net_imagenet(in_channels: int, num_classes: int) -> nn.Sequential
         *conv_bn_relu(256, 512, 3, 2),
         *conv_bn_relu(512, 2048, 1),
     ]
-    return nn.Sequential(*layers, AvgPool(), nn.Linear(2048, num_classes))
+    return FusedSequential(*layers, AvgPool(), nn.Linear(2048, num_classes))

@@ -7,7 +7,10 @@ so a training step computes them once and shares them between its blocks.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ __all__ = [
     "CausalLMLoss",
     "class_indices",
     "cross_entropy",
+    "cross_entropy_options",
     "full_precision",
     "positive_weights",
     "reconstruction_loss",
@@ -73,6 +77,30 @@ def cross_entropy(
             "logits' shape"
         )
     return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+
+def cross_entropy_options(criterion: Callable[..., Tensor], target: Tensor) -> dict[str, Any] | None:
+    """Options of `fastlocal.ops.pool_linear_cross_entropy` that make it compute ``criterion(logits, target)``.
+
+    None where it cannot: another function than `cross_entropy` and ``nn.CrossEntropyLoss``, or a target that is neither one
+    class index nor one row of probabilities for each sample.
+    """
+    if not isinstance(target, Tensor) or target.dim() != (2 if target.is_floating_point() else 1):
+        return None
+    options: dict[str, Any]
+    if isinstance(criterion, functools.partial) and criterion.func is cross_entropy and not criterion.args:
+        options = dict(criterion.keywords)
+    elif criterion is cross_entropy:
+        options = {}
+    elif type(criterion) is torch.nn.CrossEntropyLoss and criterion.reduction == "mean" and criterion.weight is None:
+        if target.is_floating_point() and criterion.ignore_index >= 0:
+            return None  # torch refuses it
+        options = {"ignore_index": criterion.ignore_index, "label_smoothing": criterion.label_smoothing}
+    else:
+        return None
+    if target.is_floating_point():
+        options.pop("ignore_index", None)
+    return options
 
 
 class CausalLMLoss:

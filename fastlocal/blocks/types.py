@@ -14,15 +14,19 @@ class LocalLoss(NamedTuple):
 
     ``loss`` is 0-dim, backward starts from it. ``terms`` maps a name to (unweighted detached value, weight), and ``loss`` is the
     sum of weight times value. ``logits`` are detached class scores, None for heads without (contrastive). Holding a LocalLoss
-    keeps a graph alive only through ``loss``.
+    keeps a graph alive only through ``loss``. ``correct``: int64, 0-dim, the number of samples whose class is right, from a head
+    that has it without logits.
     """
 
     loss: Tensor
     terms: dict[str, tuple[Tensor, float]]
     logits: Tensor | None
+    correct: Tensor | None = None
 
     @classmethod
-    def of(cls, *terms: tuple[str, Tensor, float], logits: Tensor | None = None) -> LocalLoss:
+    def of(
+        cls, *terms: tuple[str, Tensor, float], logits: Tensor | None = None, correct: Tensor | None = None
+    ) -> LocalLoss:
         """The weighted sum of ``(name, value, weight)``; a weight of one costs no multiplication."""
         parts = [value if weight == 1.0 else value * weight for _, value, weight in terms]
         loss = parts[0]
@@ -32,6 +36,7 @@ class LocalLoss(NamedTuple):
             loss,
             {name: (value.detach(), float(weight)) for name, value, weight in terms},
             None if logits is None else logits.detach(),
+            correct,
         )
 
 

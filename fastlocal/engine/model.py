@@ -157,7 +157,7 @@ class LocalModel(nn.Module):
         def train_block(k: int, h: Tensor) -> Tensor:
             local, own, found = self.blocks[k].take_gradients(h, ctx, None if scales is None else scales.scale[k])
             losses.append(local.loss.detach())
-            hits.add(local.logits)
+            hits.add(local.logits, local.correct)
             collect(k, own, found)
             return h.detach()
 

@@ -27,8 +27,11 @@ class Hits:
         self._result: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, logits: Tensor | None) -> None:
-        if logits is not None and logits.numel() > KEEP_SCORES:
+    def add(self, logits: Tensor | None, correct: Tensor | None = None) -> None:
+        """A block's class scores, or the number of its hits (int64, 0-dim) where that is there already."""
+        if correct is not None:
+            self.scores.append(correct)
+        elif logits is not None and logits.numel() > KEEP_SCORES:
             self.scores.append(self.count(logits.detach(), self.target))
         else:
             self.scores.append(None if logits is None else logits.detach())

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from fastlocal.blocks.heads import AvgPool, ClassifierHead
+from fastlocal.blocks.heads import AvgPool, ClassifierHead, FusedSequential
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import Method, Site, check_choice, check_number, refuse_dense_images, register
 
@@ -116,7 +116,7 @@ class AugLocal(Method):
             unit = self._make_unit(site, i, channels, stride)
             layers.append(unit)
             channels = _channels_out(unit, channels, site, i)
-        return ClassifierHead(nn.Sequential(*layers, *self._readout(site, channels, depth)))
+        return ClassifierHead(FusedSequential(*layers, *self._readout(site, channels, depth)))
 
     def _make_unit(self, site: Site, i: int, channels: int, stride: int) -> nn.Module:
         make: Callable[..., nn.Module] = site.net.make_unit  # type: ignore[assignment]

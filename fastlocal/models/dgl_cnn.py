@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fastlocal.errors import ArgumentError
 from fastlocal.models._common import pool_linear, positive_int, stride_1_or_2, unit_index
+from fastlocal.ops.modules import FusedSequential
 
 
-def _layer(in_channels: int, out_channels: int, pool: bool) -> nn.Sequential:
+def _layer(in_channels: int, out_channels: int, pool: bool) -> FusedSequential:
     conv = [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()]
-    return nn.Sequential(nn.MaxPool2d(2), *conv) if pool else nn.Sequential(*conv)
+    return FusedSequential(nn.MaxPool2d(2), *conv) if pool else FusedSequential(*conv)
 
 
 class DGLCNN(nn.Module):
@@ -65,7 +66,7 @@ class DGLCNN(nn.Module):
         self.blocks = nn.Sequential(*layers)
         self.pool_size = math.ceil(size / 4)
         features = 4 * channels
-        self.classifier = nn.Sequential(
+        self.classifier = FusedSequential(
             nn.Linear(features, features),
             nn.BatchNorm1d(features),
             nn.ReLU(inplace=True),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastlocal.errors import ArgumentError
 from fastlocal.models._common import positive_int, probability, unit_index
+from fastlocal.ops.modules import norm_act
 
 
 class MLPLayer(nn.Module):
@@ -24,7 +25,7 @@ class MLPLayer(nn.Module):
         if self.dropout is not None:
             x = self.dropout(x)
         x = self.linear(x)
-        return self.relu(x if self.bn is None else self.bn(x))
+        return self.relu(x) if self.bn is None else norm_act(x, self.bn, self.relu)
 
 
 class MLP(nn.Module):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastlocal.errors import ArgumentError
 from fastlocal.models._common import init_conv_bn, pool_linear, positive_int, probability, unit_index
+from fastlocal.ops.modules import hooked, norm_act, norm_act_conv, norm_act_pool
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -22,7 +23,41 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
     )
 
 
-class BasicBlock(nn.Module):
+class _Residual(nn.Module):
+    """What both residual blocks share: how the shortcut joins, and what a global mean of the output needs."""
+
+    relu: nn.Module
+    dropout: nn.Module | None
+    downsample: nn.Sequential | None
+
+    def _main(self, x: Tensor) -> tuple[Tensor, nn.Module]:
+        """The main path up to its last norm, and that norm."""
+        raise NotImplementedError
+
+    def _shortcut(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        """The shortcut, or what goes into the norm that ends it, and that norm."""
+        if self.downsample is None:
+            return x, None
+        if len(self.downsample) != 2 or hooked(self.downsample):
+            return self.downsample(x), None
+        return self.downsample[0](x), self.downsample[1]
+
+    def _act_conv(self, x: Tensor, norm: nn.Module, conv: nn.Module, dropout: nn.Module | None = None) -> Tensor:
+        if dropout is None:
+            return norm_act_conv(x, norm, self.relu, conv)
+        return conv(dropout(norm_act(x, norm, self.relu)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, norm = self._main(x)
+        return norm_act(out, norm, self.relu, *self._shortcut(x))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The mean of ``self(x)`` over all positions, [B, C]; the map itself need not be stored."""
+        out, norm = self._main(x)
+        return norm_act_pool(out, norm, self.relu, *self._shortcut(x))
+
+
+class BasicBlock(_Residual):
     """Two 3x3 convolutions and a shortcut: [B, in_channels, H, W] -> [B, planes, H/stride, W/stride]."""
 
     expansion = 1
@@ -37,17 +72,11 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = _projection(in_channels, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        if self.dropout is not None:
-            out = self.dropout(out)
-        out = self.bn2(self.conv2(out))
-        # In place on the convolution's side only: x may be another block's output, still in use.
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+    def _main(self, x: Tensor) -> tuple[Tensor, nn.Module]:
+        return self._act_conv(self.conv1(x), self.bn1, self.conv2, self.dropout), self.bn2
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Residual):
     """1x1, 3x3 (strided), 1x1 convolutions and a shortcut: [B, in_channels, H, W] -> [B, 4*planes, H/stride, W/stride].
 
     The stride sits on the 3x3 convolution, as in torchvision.
@@ -67,14 +96,9 @@ class Bottleneck(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
         self.downsample = _projection(in_channels, planes * self.expansion, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        if self.dropout is not None:
-            out = self.dropout(out)
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+    def _main(self, x: Tensor) -> tuple[Tensor, nn.Module]:
+        out = self._act_conv(self.conv1(x), self.bn1, self.conv2, self.dropout)
+        return self._act_conv(out, self.bn2, self.conv3), self.bn3
 
 
 class ResidualNet(nn.Module):
@@ -118,7 +142,7 @@ class ResidualNet(nn.Module):
         init_conv_bn(self)
 
     def stem(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = norm_act(self.conv1(x), self.bn1, self.relu)
         return x if self.maxpool is None else self.maxpool(x)
 
     def units(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:

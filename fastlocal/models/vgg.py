@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal.models._common import init_conv_bn, pool_linear, positive_int, probability, unit_index
+from fastlocal.ops.modules import FusedSequential, norm_act
 
 # Convolutions in each of the five stages; stage widths are 1, 2, 4, 8, 8 times the first.
 _STAGE_WIDTHS = (1, 2, 4, 8, 8)
@@ -29,7 +30,7 @@ class VGGLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.pool is not None:
             x = self.pool(x)
-        return self.relu(self.bn1(self.conv1(x)))
+        return norm_act(self.conv1(x), self.bn1, self.relu)
 
 
 class VGG(nn.Module):
@@ -117,7 +118,7 @@ class VGG(nn.Module):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         ]
-        return nn.Sequential(*layers)
+        return FusedSequential(*layers)
 
     def make_readout(self, in_features: int, num_classes: int) -> nn.Module:
         """A fresh global average pool, flatten and Linear."""
@@ -128,7 +129,7 @@ class VGG(nn.Module):
 
         The pooling makes it independent of the map's size, so ``in_features`` is not read.
         """
-        return nn.Sequential(
+        return FusedSequential(
             nn.Flatten(),
             nn.AdaptiveAvgPool1d(512),
             nn.Linear(512, 512),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastlocal.errors import ArgumentError
 from fastlocal.models._common import pool_linear, positive_int, probability, stride_1_or_2, unit_index
+from fastlocal.ops.modules import norm_act
 
 _NONLINEARITIES = ("relu", "leakyrelu")
 _VGG8B = (128, 256, "M", 256, 512, "M", 512, "M", 512, "M")
@@ -31,7 +32,7 @@ class LocalLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.pre is not None:
             x = self.pre(x)
-        return self.nonlin(self.bn(self.encoder(x)))
+        return norm_act(self.encoder(x), self.bn, self.nonlin)
 
 
 class OutputLayer(nn.Linear):

@@ -166,7 +166,7 @@ def _misfit(x: Tensor, conv: nn.Module) -> str | None:
     weight, bias = conv.weight, conv.bias
     if weight.device != x.device or (bias is not None and bias.device != x.device):
         return "the weight is on another device than x"
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         if torch.get_autocast_dtype(device) != x.dtype:
             return f"autocast would convert the activation, which has the dtype of x, {x.dtype}"
     elif weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 
 from fastlocal.blocks import heads, losses
 from fastlocal.blocks.types import StepContext
+from fastlocal.ops._dispatch import as_on_gpu
 
 
 def context(rows=4, classes=5, image=(3, 8, 8), seed=0):
@@ -233,7 +235,11 @@ def test_predsim_of_vectors_and_tokens(shape):
     assert head.pred[-1].in_features == 6 and isinstance(head.sim, nn.Linear)
     local = head(h, ctx)
     pooled = h.mean(1) if len(shape) == 2 else h
-    assert torch.allclose(local.logits, head.pred[-1](pooled), atol=1e-6)
+    logits = head.pred[-1](pooled)
+    assert local.terms["pred"][0].item() == pytest.approx(losses.cross_entropy(logits, ctx.target).item(), abs=1e-6)
+    assert torch.allclose(local.logits, logits, atol=1e-6)
+    with as_on_gpu():
+        assert head(h, ctx).correct == (logits.argmax(1) == ctx.target).sum()
     assert torch.allclose(local.terms["sim"][0], losses.similarity_matching_loss(head.sim(h), ctx.target, 5))
     assert local.terms["pred"][1] == pytest.approx(0.01) and local.terms["sim"][1] == 0.99
 
@@ -270,3 +276,48 @@ def test_infopro_nets_have_the_published_sizes():
     convs = 512 * 128 + 128 * 256 * 9 + 256 * 512 * 9 + 512 * 2048
     assert parameters(head) == convs + 2 * (128 + 256 + 512 + 2048) + 2048 * 1000 + 1000
     assert head(torch.randn(2, 512, 4, 4)).shape == (2, 1000)
+
+
+CRITERIA = {
+    "default": losses.cross_entropy,
+    "options": functools.partial(losses.cross_entropy, ignore_index=2, label_smoothing=0.1),
+    "torch": nn.CrossEntropyLoss(ignore_index=1, label_smoothing=0.2),
+    "weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0], dtype=torch.float64)),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "own": lambda logits, target: nn.functional.cross_entropy(logits, target) * 2,
+}
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("kind", ["dgl", "dgl_cnn", "man++", "predsim", "infopro task", "infopro imagenet"])
+def test_the_fused_task_loss_is_that_of_the_scores(kind, criterion, probabilities):
+    """Loss, hits and every gradient, against the criterion on the scores that the same chain computes."""
+    ctx = context(rows=6)
+    ctx.input = ctx.input.double()
+    ctx.criterion = CRITERIA[criterion]
+    if probabilities and criterion == "torch":
+        ctx.criterion = nn.CrossEntropyLoss(label_smoothing=0.2)
+    if probabilities:
+        ctx.target = torch.rand(6, 5, dtype=torch.float64).softmax(1)
+    h = torch.randn(6, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    got = build_all()[kind].double()
+    plain = copy.deepcopy(got)
+    net = {"pred": getattr(plain, "pred", None), "net": getattr(plain, "net", None)}
+    part = net["net"] or net["pred"] or plain.classifier
+    part.register_forward_hook(lambda *_: None)  # a chain that is watched computes its scores
+    with as_on_gpu():
+        a, b = got(h, ctx), plain(h, ctx)
+    assert b.correct is None and torch.allclose(a.loss, b.loss)
+    if criterion in ("default", "options", "torch"):
+        labels = ctx.target.argmax(1) if probabilities else ctx.target
+        hits = b.logits.argmax(1) == labels
+        ignored = {"options": 2, "torch": 1}.get(criterion)
+        if ignored is not None and not probabilities:
+            hits &= labels != ignored
+        assert a.logits is None and a.correct == hits.sum()
+    elif criterion != "weights":
+        assert a.correct is None and torch.equal(a.logits, b.logits)
+    for p, q in zip([h, *got.parameters()], [h, *plain.parameters()], strict=True):
+        wanted = torch.autograd.grad(b.loss, q, retain_graph=True)[0]
+        assert torch.allclose(torch.autograd.grad(a.loss, p, retain_graph=True)[0], wanted)

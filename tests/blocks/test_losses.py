@@ -1,10 +1,12 @@
 import copy
+import functools
 import math
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastlocal.blocks import losses
 from fastlocal.errors import ArgumentError
@@ -235,3 +237,18 @@ def test_losses_under_autocast_equal_those_in_float32(dtype):
         assert torch.allclose(loss, expected, rtol=tolerance, atol=1e-7)
         loss.backward()
         assert half.grad.dtype == dtype and half.grad.isfinite().all() and half.grad.abs().sum() > 0
+
+
+def test_which_criteria_the_operator_computes():
+    rows, chances = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 5)
+    options = losses.cross_entropy_options
+    assert options(losses.cross_entropy, rows) == {}
+    assert options(functools.partial(losses.cross_entropy, label_smoothing=0.1), rows) == {"label_smoothing": 0.1}
+    assert options(functools.partial(losses.cross_entropy, ignore_index=3), chances) == {}
+    assert options(nn.CrossEntropyLoss(ignore_index=3), rows)["ignore_index"] == 3
+    assert options(nn.CrossEntropyLoss(ignore_index=3), chances) is None
+    for criterion in (nn.CrossEntropyLoss(reduction="sum"), nn.MSELoss(), losses.CausalLMLoss(), lambda a, b: a.sum()):
+        assert options(criterion, rows) is None
+    assert options(losses.cross_entropy, torch.zeros(3, 4, dtype=torch.int64)) is None
+    assert options(losses.cross_entropy, torch.zeros(3)) is None
+    assert options(losses.cross_entropy, {"y": rows}) is None
