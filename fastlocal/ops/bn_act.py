@@ -250,7 +250,8 @@ def _misfit(x: Tensor, norm: nn.Module, residual: Tensor | None) -> str | None:
         return "the norm's tensors are neither all float32 nor all of the dtype of x"
     if dtype != x.dtype and x.dtype == torch.float64:
         return "x is float64 and the norm is not"
-    for p in (weight, bias, mean, var):
+    tensors: tuple[Any, ...] = (weight, bias, mean, var)
+    for p in tensors:
         if p.device != x.device or not p.is_contiguous():
             return "the norm's tensors are not contiguous on the device of x"
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
@@ -420,6 +421,12 @@ def _new(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
+def _kernels() -> Any:
+    from fastlocal.triton_kernels import bn_act as kernels  # Triton is optional
+
+    return kernels
+
+
 # --- implementations --------------------------------------------------------------------------------------------------
 
 
@@ -430,6 +437,13 @@ def _run_forward(x, residual, weight, bias, mean, var, momentum, eps, weight2, b
     if impl == "native":
         y, stats = _native_forward(x, residual, weight, bias, mean, var, momentum, eps, act == "relu")
         return y, stats, _new(x, (0,), torch.uint8)
+    if impl == "triton":
+        bits = _new(x, mask_shape(x) if mask else (0,), torch.uint8)
+        y, stats = _kernels().forward(
+            x, residual, weight, bias, mean, var, momentum, eps, weight2, bias2, mean2, var2, momentum2, eps2, act, slope,
+            bits if mask else None, geometry(x), one_launch(x),
+        )  # fmt: skip
+        return y, stats, bits
     y, *stats = _aten_norm(x, weight, bias, mean, var, momentum, eps)
     if residual is not None:
         if weight2 is not None:
@@ -449,6 +463,12 @@ def _run_backward(dy, x, residual, y, mask, weight, bias, weight2, bias2, stats,
     if impl == "native":
         return _native_backward(dy, x, y, weight, stats, need_x, need_residual)
     dy = like(dy, x)
+    if impl == "triton":
+        maps = [torch.empty_like(x) if need else None for need in (need_x, need_residual)]
+        grads = _kernels().backward(
+            dy, x, residual, mask, weight, bias, weight2, bias2, stats, act, slope, *maps, None, geometry(x), one_launch(x)
+        )
+        return grads + [t for t in maps if t is not None]
     if mask is not None:
         g = torch.where(_unpack(mask, x), dy, dy * slope if act == "leaky_relu" else 0)
     elif act == "none":
@@ -472,6 +492,12 @@ def _run_backward(dy, x, residual, y, mask, weight, bias, weight2, bias2, stats,
 
 def _run_backward_(dy, x, weight, bias, stats, act, slope, again, impl):  # type: ignore[no-untyped-def]
     impl = resolved(x, impl)
+    if impl == "triton":
+        activation = torch.empty_like(x) if again else None
+        dweight, dbias = _kernels().backward(
+            dy, x, None, None, weight, bias, None, None, stats, act, slope, dy, None, activation, geometry(x), one_launch(x)
+        )
+        return dweight, dbias, _new(x, (0,), x.dtype) if activation is None else activation
     z = _aten_apply(x, weight, bias, stats)
     g = dy if act == "none" else _act_backward(dy, z, act, slope)
     dx, dweight, dbias = _aten_norm_backward(g, x, weight, stats, True)
@@ -480,7 +506,10 @@ def _run_backward_(dy, x, weight, bias, stats, act, slope, again, impl):  # type
 
 
 def _run_eval(x, residual, weight, bias, mean, var, eps, weight2, bias2, mean2, var2, eps2, act, slope, impl):  # type: ignore[no-untyped-def]
-    impl = resolved(x, impl)
+    if resolved(x, impl) == "triton":
+        return _kernels().evaluate(
+            x, residual, weight, bias, mean, var, eps, weight2, bias2, mean2, var2, eps2, act, slope, geometry(x)
+        )
     y = _aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
     if residual is not None:
         if weight2 is not None:
