@@ -187,7 +187,7 @@ def _trained(t: Any) -> bool:
 
 @dataclass(frozen=True)
 class Norm(Case):
-    """bn_act and bn_act_pool of [rows, channels, side, side] in training, forward and backward."""
+    """bn_act and bn_act_pool of [rows, channels, side, side], in training forward and backward, else forward."""
 
     operator: str
     rows: int
@@ -196,17 +196,18 @@ class Norm(Case):
     residual: bool = False
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    training: bool = True
 
     @property
     def size(self) -> str:
-        added = " + residual" if self.residual else ""
+        added = (" + residual" if self.residual else "") + ("" if self.training else " evaluated")
         return f"{self.rows}x{self.channels}x{self.side}x{self.side}{added}{_layout(self.channels_last)}"
 
     def inputs(self, device: str) -> Inputs:
         """x, the norm, the residual or None, and the gradient of the result."""
         shape = (self.rows, self.channels, self.side, self.side)
         x, residual, dy = (_image(shape, self.dtype, self.channels_last, device) for _ in range(3))
-        norm = nn.BatchNorm2d(self.channels, device=device)
+        norm = nn.BatchNorm2d(self.channels, device=device).train(self.training)
         if self.operator == "bn_act_pool":
             dy = torch.randn(self.rows, self.channels, device=device).to(self.dtype)
         return _leaf(x), norm, _leaf(residual) if self.residual else None, dy
@@ -215,15 +216,24 @@ class Norm(Case):
         """The input is read forward and backward and its gradient written; the residual likewise; bn_act also writes its
         result and reads its gradient."""
         maps = 3 + 3 * self.residual + 2 * (self.operator == "bn_act")
+        if not self.training:
+            maps = 1 + self.residual + (self.operator == "bn_act")
         return maps * self.rows * self.channels * self.side**2 * self.dtype.itemsize
 
     def ours(self, impl: str | None = None) -> Call:
         operator = getattr(fl.ops, self.operator)
-        return _layer_and_gradients(lambda x, norm, residual: operator(x, norm, residual, impl=impl))
+        return self._wrapped(lambda x, norm, residual: operator(x, norm, residual, impl=impl))
 
     def rivals(self, compiled: Compile) -> dict[str, Variant]:
         eager = _norm_act_pool if self.operator == "bn_act_pool" else _norm_act
-        return _with_compiled(eager, _layer_and_gradients, compiled)
+        return _with_compiled(eager, self._wrapped, compiled)
+
+    def explain(self, inputs: Inputs, impl: str | None = None) -> str | None:
+        with torch.set_grad_enabled(self.training):
+            return super().explain(inputs, impl)
+
+    def _wrapped(self, layer: Call) -> Call:
+        return _layer_and_gradients(layer) if self.training else _layer_alone(layer)
 
     def arguments(self, inputs: Inputs) -> tuple[Inputs, dict[str, Any]]:
         return inputs[:3], {}
@@ -280,6 +290,14 @@ class NormConv(Case):
         return inputs[:3], {}
 
 
+def _layer_alone(layer: Call) -> Call:
+    def call(x: Tensor, norm: nn.Module, other: Any, dy: Tensor) -> Any:
+        with torch.no_grad():
+            return layer(x, norm, other)
+
+    return call
+
+
 def _layer_and_gradients(layer: Call) -> Call:
     """The result, and the gradients of the first input, of the parameters and of the third input, given the result's."""
 
@@ -294,7 +312,7 @@ def _layer_and_gradients(layer: Call) -> Call:
 
 # --- updates ----------------------------------------------------------------------------------------------------------
 
-RATE, MOMENTUM, DECAY, AVERAGE = 1e-3, 0.9, 1e-4, 0.999
+RATE, MOMENTUM, DECAY, AVERAGE, MAX_NORM = 1e-3, 0.9, 1e-4, 0.999, 1.0
 
 
 @functools.cache
@@ -315,11 +333,12 @@ class Update(Case):
     operator: str
     of: str  # a model, or "block": a BasicBlock of 16 channels with its head
     average: bool = False
+    clipped: bool = False  # by the norm of all gradients, and skipped where one is not finite
     dtype: torch.dtype = torch.float32
 
     @property
     def size(self) -> str:
-        return f"of {self.of}{' + average' if self.average else ''}"
+        return f"of {self.of}{' + average' if self.average else ''}{' + clipped' if self.clipped else ''}"
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -340,8 +359,8 @@ class Update(Case):
 
     def must_move(self) -> int:
         lists = {"ema_update_": 3, "fused_sgd_": 5, "fused_adamw_": 7}[self.operator]
-        if self.average and self.operator != "ema_update_":
-            lists += 2
+        if self.operator != "ema_update_":
+            lists += 2 * self.average + self.clipped
         return lists * sum(torch.Size(s).numel() for s in self.shapes) * self.dtype.itemsize
 
     def ours(self, impl: str | None = None) -> Call:
@@ -353,6 +372,10 @@ class Update(Case):
                     fl.ops.ema_update_(averages, own, AVERAGE, impl=impl)
                     return averages
                 link: dict[str, Any] = {"averages": averages, "ema_decay": AVERAGE} if self.average else {}
+                if self.clipped:
+                    if "found_inf" not in kept:
+                        kept["found_inf"] = torch.zeros((), device=own[0].device)
+                    link |= {"max_norm": MAX_NORM, "found_inf": kept["found_inf"], "check": True}
                 if self.operator == "fused_sgd_":
                     fl.ops.fused_sgd_(
                         own,
@@ -402,11 +425,15 @@ class Update(Case):
                 cls = fl.ops.FusedAdamW if own else torch.optim.AdamW
                 options = {} if own or params[0].device.type == "cpu" else {"capturable": True}
             optimizer = cls(params, lr=RATE, weight_decay=DECAY, **options, **form)
+            if own and self.clipped:
+                optimizer.max_norm, optimizer.check = MAX_NORM, True
             if own and self.average:
                 optimizer.link(zip(params, averages), AVERAGE)
             linked = self.average and not own
 
             def run() -> None:
+                if self.clipped and not own:  # the gradients stay clipped; nothing looks whether they are finite
+                    torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
                 optimizer.step()
                 if linked:
                     torch._foreach_lerp_(averages, params, 1 - AVERAGE)
@@ -505,7 +532,7 @@ _LOW: dict[str, Any] = dict(dtype=torch.bfloat16, channels_last=True)
 
 def cases() -> tuple[Case, ...]:
     """The real sizes, the smallest of each operator first."""
-    return _existing(
+    return existing(
         Head(128, 64, 8, 10),
         Head(128, 16, 32, 10),
         Head(1024, 64, 8, 10, **_LOW),
@@ -518,12 +545,14 @@ def cases() -> tuple[Case, ...]:
         Norm("bn_act", 1024, 16, 32, residual=True),
         Norm("bn_act", 1024, 16, 32, residual=True, **_LOW),
         Norm("bn_act", 256, 256, 14, residual=True, **_LOW),
+        Norm("bn_act", 256, 256, 14, residual=True, training=False, **_LOW),
         Norm("bn_act_pool", 128, 64, 8),
         Norm("bn_act_pool", 1024, 16, 32),
         Norm("bn_act_pool", 256, 512, 14, **_LOW),
         NormConv(128, 16, 32),
         NormConv(1024, 64, 8, **_LOW),
         Update("fused_sgd_", "block"),
+        Update("fused_sgd_", "block", clipped=True),
         Update("fused_sgd_", "resnet110", average=True),
         Update("fused_sgd_", "resnet50"),
         Update("fused_sgd_", "resnet50", average=True),
@@ -540,15 +569,16 @@ def cases() -> tuple[Case, ...]:
 
 def tiny_cases() -> tuple[Case, ...]:
     """The same code at sizes that a CPU does at once."""
-    return _existing(
+    return existing(
         Head(3, 4, 5, 6),
         Head(4, 3, 2, 5, **_LOW),
         Norm("bn_act", 4, 3, 3),
         Norm("bn_act", 4, 3, 2, residual=True, **_LOW),
+        Norm("bn_act", 4, 3, 2, residual=True, training=False),
         Norm("bn_act_pool", 4, 3, 3),
         NormConv(4, 3, 3),
         Update("fused_sgd_", "block"),
-        Update("fused_sgd_", "block", average=True),
+        Update("fused_sgd_", "block", average=True, clipped=True),
         Update("fused_adamw_", "block", average=True),
         Update("ema_update_", "block"),
         Pairs("supervised_contrastive_loss", 40, 5),
@@ -556,7 +586,8 @@ def tiny_cases() -> tuple[Case, ...]:
     )
 
 
-def _existing(*wanted: Case) -> tuple[Case, ...]:
+def existing(*wanted: Case) -> tuple[Case, ...]:
+    """Those of operators that fastlocal.ops has."""
     return tuple(case for case in wanted if hasattr(fl.ops, case.operator))
 
 

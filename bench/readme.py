@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastlocal.bench import accuracy, demo
+from fastlocal.bench import accuracy, demo, kernels
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import list_methods
 
@@ -186,9 +186,17 @@ def papers_part(root: Path) -> str:
     return "\n".join(f"- `{method['name']}`: {method['paper']}" for method in list_methods())
 
 
+def kernels_part(root: Path) -> str:
+    record = _json(root / "bench" / "results" / "kernels.json")
+    if record is None:
+        return "No kernels are recorded here yet."
+    return f"Compiled by Triton {record['triton']}:\n\n{table(kernels.summary(record['rows']))}"
+
+
 PARTS: dict[str, Callable[[Path], str]] = {
     "demo": demo_part,
     "ledger": ledger_part,
+    "kernels": kernels_part,
     "step_time": step_time_part,
     "methods": methods_part,
     "accuracy": accuracy_part,
