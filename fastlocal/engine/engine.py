@@ -118,7 +118,9 @@ class Engine:
         if backend == "triton" and (reason := _dispatch.platform(device).triton):
             raise BackendError(f"backend: 'triton' cannot serve this model: {reason}. Or use 'auto'")
         if backend == "native" and device.type != "cpu":
-            raise BackendError(f"backend: 'native' serves on a CPU, the model is on {device.type}; use 'auto' or 'triton'")
+            raise BackendError(
+                f"backend: 'native' serves on a CPU, the model is on {device.type}; use 'auto' or 'triton'"
+            )
         self.clip = Clip.coerce(clip)
         if self.clip is not None and self.clip.scope == "global" and update != "end":
             raise ArgumentError(
@@ -242,7 +244,7 @@ class Engine:
             with torch.autocast(self.device.type, enabled=False) if self._dtype else nullcontext():
                 local, grad_out = block.local_gradient(h, ctx, self._start(k), self._autocast())
                 losses.append(local.loss.detach())
-                hits.add(local.logits)
+                hits.add(local.logits, local.correct)
                 block.backward(h, grad_out)
                 if self._cast:
                     self._cast.leave()
@@ -448,7 +450,9 @@ class Engine:
         """What the operators of a step are asked for."""
         if self.backend == "auto":
             return nullcontext()
-        return _dispatch.backend("reference") if self.backend == "reference" else _dispatch.where_it_exists(self.backend)
+        return (
+            _dispatch.backend("reference") if self.backend == "reference" else _dispatch.where_it_exists(self.backend)
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Without the weight cache: a block's weights are cast once, used once, and updated before the region ends."""
