@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
+from torch.autograd.graph import increment_version
 
 from fastlocal.errors import ArgumentError, did_you_mean
 from fastlocal.ops import _dispatch
+from fastlocal.ops.bn_act import plainly_called
 from fastlocal.reference._precision import wide_dtype
 from fastlocal.reference.bn_act_pool import bn_act_pool as plain
 
@@ -27,7 +28,7 @@ NAME = "bn_act_pool"
 ACTS = ("relu", "leaky_relu", "none")
 # Up to so many values per channel one Triton program has a channel for itself: statistics and means, in one launch.
 # Where channels lie side by side it must have several, and there are fewer programs.
-ONE_LAUNCH, ONE_LAUNCH_LAST = 32768, 512
+ONE_LAUNCH, ONE_LAUNCH_LAST = 32768, 2048
 _DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 _library = torch.library.Library("fastlocal", "FRAGMENT")
@@ -66,8 +67,8 @@ def bn_act_pool(
 
     Args:
         x: ``[N, C, *spatial]`` (or ``[N, C]``: there is one position then), any strides.
-        norm: the normalisation module. A plain BatchNorm1d/2d/3d with running statistics, float32 parameters and no
-            hooks is fused, in training and in evaluation; any other is called.
+        norm: the normalisation module. A plain BatchNorm1d/2d/3d with running statistics, parameters in float32 or
+            the dtype of ``x``, and no hooks is fused, in training and in evaluation; any other is called.
         residual: of ``x``'s shape and dtype, or None. It is not changed.
         act: "relu", "leaky_relu" or "none".
         slope: of "leaky_relu" below zero.
@@ -96,16 +97,26 @@ def bn_act_pool(
     if chosen == "reference":
         return plain(x, norm, residual, act=act, slope=slope, residual_norm=residual_norm)
     return _Function.apply(
-        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum,
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, _counter(norm), norm.momentum,
         norm.eps, residual, *_parts(residual_norm), norm.training, act, slope, chosen,
     )  # fmt: skip
+
+
+def _counter(norm: nn.Module) -> Tensor | None:
+    """The batch counter for the operator to count; what the engine puts in its place counts here."""
+    batches = norm.num_batches_tracked
+    if batches is None or (isinstance(batches, Tensor) and batches.device == norm.weight.device):
+        return batches
+    if norm.training:
+        batches.add_(1)
+    return None
 
 
 def _parts(norm: nn.Module | None) -> tuple[Any, ...]:
     if norm is None:
         return None, None, None, None, None, 0.0, 0.0
     return (
-        norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, norm.eps
+        norm.weight, norm.bias, norm.running_mean, norm.running_var, _counter(norm), norm.momentum, norm.eps
     )  # fmt: skip
 
 
@@ -199,12 +210,9 @@ def _norm_misfit(x: Tensor, norm: nn.Module) -> str | None:
         return f"{type(norm).__name__} is not a plain BatchNorm"
     if norm.running_mean is None or norm.weight is None or norm.momentum is None:
         return "the norm is without running statistics, weight, bias or a momentum"
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-        return "the norm has hooks"
-    if _has_any_global_hook():
-        return "hooks on all modules are registered"
-    if "forward" in norm.__dict__:
-        return "the norm has a forward of its own"
+    reason = plainly_called(norm)
+    if reason is not None:
+        return reason
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return f"{x.dtype} is no dtype of features"
     if x.dim() not in _DIMS[type(norm)] or x.shape[1] != norm.num_features:
@@ -214,11 +222,11 @@ def _norm_misfit(x: Tensor, norm: nn.Module) -> str | None:
     if norm.training and x.numel() == x.shape[1]:
         return "one value per channel"  # the module says that this is an error
     parts: tuple[Any, ...] = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    wide = wide_dtype(x)
-    if any(p.dtype != wide or not p.is_contiguous() or p.device != x.device for p in parts):
-        return f"the norm's tensors are not contiguous {wide} on the device of x"
-    if norm.num_batches_tracked is not None and norm.num_batches_tracked.device != x.device:
-        return "the norm counts its batches on another device"
+    dtypes = {p.dtype for p in parts}
+    if dtypes != {wide_dtype(x)} and dtypes != {x.dtype}:
+        return f"the norm's tensors are neither all {wide_dtype(x)} nor all of the dtype of x"
+    if any(p.device != x.device or not p.is_contiguous() for p in parts):
+        return "the norm's tensors are not contiguous on the device of x"
     return None
 
 
@@ -239,10 +247,21 @@ def _residual_misfit(
     return f"residual_norm: {reason}" if reason else None
 
 
+def _reject_triton(s: Signature) -> str | None:
+    if s.fits is not None or s.triton is not None:
+        return s.fits or s.triton
+    if s.dtype == torch.float64:
+        return "float64; the kernel accumulates in float32"
+    if s.device == "cpu" and s.dtype == torch.bfloat16:
+        return "bfloat16, which the Triton interpreter computes wrongly; give float32"
+    return None
+
+
 _dispatch.register(
     NAME,
     _signature,
     [
+        _dispatch.Candidate("triton", _reject_triton),
         _dispatch.Candidate("reference", lambda s: None),  # before "aten", which is there to be asked for
         _dispatch.Candidate("aten", lambda s: s.fits),
     ],
@@ -263,7 +282,15 @@ def _run_forward(
             residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_batches,
             residual_momentum, residual_eps,
         )  # fmt: skip
-    return _aten_forward(x, own, residual, other, training, act, slope)
+    if impl == "aten":
+        return _aten_forward(x, own, residual, other, training, act, slope)
+    from fastlocal.triton_kernels import bn_act_pool as kernels  # Triton is optional
+
+    x, residual = _merged(x), None if residual is None else _merged(residual)
+    out = kernels.forward(x, own, residual, other, training, act, slope, _channels_last(x), _one_launch(x))
+    if training:  # autograd does not see what a kernel writes
+        increment_version([t for t in (*own[2:5], *(other or ())[2:5]) if t is not None and not t.is_inference()])
+    return out
 
 
 def _run_backward(
@@ -272,7 +299,15 @@ def _run_backward(
 ):  # fmt: skip
     own = weight, bias, mean, rstd
     other = None if residual_weight is None else (residual_weight, residual_bias, residual_mean, residual_rstd)
-    return _aten_backward(dpooled, x, own, residual, other, training, act, slope, needs)
+    if impl == "aten":
+        return _aten_backward(dpooled, x, own, residual, other, training, act, slope, needs)
+    from fastlocal.triton_kernels import bn_act_pool as kernels  # Triton is optional
+
+    x, residual = _merged(x), None if residual is None else _merged(residual)
+    dx, dresidual = (_empty_like(t) if need else None for t, need in zip((x, residual), needs))
+    options = training, act, slope, _channels_last(x), _one_launch(x)
+    grads = kernels.backward(dpooled, x, own, residual, other, dx, dresidual, *options)
+    return *(x.new_empty(0) if t is None else t for t in (dx, dresidual)), *grads
 
 
 def _fake_forward(
@@ -280,9 +315,9 @@ def _fake_forward(
     residual_running_mean, residual_running_var, residual_batches, residual_momentum, residual_eps, training, act,
     slope, impl,
 ):  # fmt: skip
-    other = weight.new_empty(0) if residual_weight is None else torch.empty_like(residual_weight)
-    mean, rstd = torch.empty_like(weight), torch.empty_like(weight)
-    return x.new_empty(x.shape[:2]), mean, rstd, other, torch.empty_like(other)
+    mean = x.new_empty(weight.shape, dtype=wide_dtype(x))
+    other = mean.new_empty(0 if residual_weight is None else weight.shape)
+    return x.new_empty(x.shape[:2]), mean, torch.empty_like(mean), other, torch.empty_like(other)
 
 
 def _fake_backward(
@@ -305,6 +340,10 @@ def _mergeable(x: Tensor) -> bool:
     """Whether one stride leads through all positions of x, so that x.flatten(2) is a view."""
     spatial = [(size, stride) for size, stride in zip(x.shape[2:], x.stride()[2:]) if size != 1]
     return all(a == size * b for (_, a), (size, b) in itertools.pairwise(spatial))
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x if _mergeable(x) else x.contiguous()
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -358,14 +397,18 @@ def _statistics(x: Tensor, norm: tuple[Any, ...], training: bool) -> tuple[Tenso
     """Mean and 1 / standard deviation of each channel; moves the running statistics in training."""
     _, _, running_mean, running_var, batches, momentum, eps = norm
     if not training:
-        return running_mean.clone(), (running_var + eps).rsqrt()
+        return running_mean.to(x.dtype, copy=True), (running_var.to(x.dtype) + eps).rsqrt()
     values = x.numel() // x.shape[1]
     var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    running_var.mul_(1 - momentum).add_(var, alpha=momentum * values / (values - 1))
+    running_mean.copy_(running_mean * (1 - momentum) + mean * momentum)
+    running_var.copy_(running_var * (1 - momentum) + var * (momentum * values / (values - 1)))
     if batches is not None:
         batches.add_(1)
     return mean, (var + eps).rsqrt()
+
+
+def _affine(x_hat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x_hat * _across(weight.to(x_hat.dtype), x_hat) + _across(bias.to(x_hat.dtype), x_hat)
 
 
 def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -375,13 +418,13 @@ def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 def _aten_forward(x, own, residual, other, training, act, slope):
     wide = x.to(wide_dtype(x))
     mean, rstd = _statistics(wide, own, training)
-    z = _normalized(wide, mean, rstd) * _across(own[0], x) + _across(own[1], x)
+    z = _affine(_normalized(wide, mean, rstd), *own[:2])
     residual_mean, residual_rstd = mean.new_empty(0), mean.new_empty(0)
     if residual is not None:
         added = residual.to(wide.dtype)
         if other is not None:
             residual_mean, residual_rstd = _statistics(added, other, training)
-            added = _normalized(added, residual_mean, residual_rstd) * _across(other[0], x) + _across(other[1], x)
+            added = _affine(_normalized(added, residual_mean, residual_rstd), *other[:2])
         z += added
     if act == "relu":
         z = z.relu()
@@ -402,9 +445,9 @@ def _aten_backward(dpooled, x, own, residual, other, training, act, slope, needs
         residual_hat = _normalized(residual.to(wide), other[2], other[3])
     dy = _across(dpooled.to(wide) / math.prod(x.shape[2:]), x).expand(x.shape)
     if act != "none":
-        z = x_hat * _across(weight, x) + _across(bias, x)
+        z = _affine(x_hat, weight, bias)
         if residual_hat is not None:
-            z += residual_hat * _across(other[0], x) + _across(other[1], x)
+            z += _affine(residual_hat, *other[:2])
         elif residual is not None:
             z += residual.to(wide)
         # As PyTorch has it: through a nan a ReLU lets the gradient pass, a leaky one its share.
@@ -416,15 +459,15 @@ def _aten_backward(dpooled, x, own, residual, other, training, act, slope, needs
         dx = dy
         if training:
             dx = dy - _across(dbias / values, x) - x_hat * _across(dweight / values, x)
-        return dweight, dx * _across(weight * rstd, x)
+        return dweight.to(weight.dtype), dx * _across(weight.to(wide) * rstd, x)
 
     dweight, dx = through(x_hat, weight, rstd)
-    dresidual, dresidual_weight, dresidual_bias = dy, dbias.new_empty(0), dbias.new_empty(0)
+    dresidual, dresidual_weight, dresidual_bias = dy, weight.new_empty(0), weight.new_empty(0)
     if other is not None:
         dresidual_weight, dresidual = through(residual_hat, other[0], other[3])
-        dresidual_bias = dbias.clone()
+        dresidual_bias = dbias.to(other[1].dtype, copy=True)
     out = [
         _empty_like(like).copy_(grad) if need else x.new_empty(0)
         for grad, like, need in zip((dx, dresidual), (x, residual), needs)
     ]
-    return out[0], out[1], dweight, dbias, dresidual_weight, dresidual_bias
+    return out[0], out[1], dweight, dbias.to(bias.dtype, copy=True), dresidual_weight, dresidual_bias
