@@ -1,9 +1,10 @@
 """Pool + linear + softmax cross-entropy with its gradients: one program per row, the row of classes in registers.
 
-Two routes. A small weight is read by every program: pool, logits, loss and both row gradients are one kernel. A large
+Three routes. A small weight is read by every program: pool, logits, loss and both row gradients are one kernel. A large
 one belongs to cuBLAS: the library pools and multiplies, the same kernel starts from the logits. A second kernel sums
-over the rows. Float32 accumulation, no atomics: results are bit-reproducible. Nothing is read back to the host, every
-output element is written.
+over the rows. More classes than registers hold come in chunks, whose logits the library multiplies: `Online` scans them
+for the loss and, when they are made again, turns them into their gradient. Float32 accumulation, no atomics: results are
+bit-reproducible. Nothing is read back to the host, every output element is written.
 """
 
 from __future__ import annotations
@@ -76,6 +77,15 @@ def _divisor(
                 b_total += (b_label != ignore_index).to(tl.float32)
         total = tl.sum(b_total, axis=0)
     return total
+
+
+@triton.jit
+def _weigh(b_target, class_weight, p_k, m_k, stride_cw, label_smoothing, K, HAS_WEIGHT: tl.constexpr):
+    """What the classes `p_k` of a row should have, from their probabilities: smoothed, times the weights of the classes."""
+    b_wanted = b_target * (1.0 - label_smoothing) + label_smoothing / K
+    if HAS_WEIGHT:
+        b_wanted *= tl.load(class_weight + p_k * stride_cw, mask=m_k, other=0.0).to(tl.float32)
+    return tl.where(m_k, b_wanted, 0.0)
 
 
 @triton.jit
@@ -173,20 +183,16 @@ def fl_pool_linear_cross_entropy_fwd_kernel(
     b_log_prob = b_shifted - tl.log(norm)
 
     if PROBABILITIES:
-        b_wanted = tl.load(target + n * stride_tn + p_k * stride_tk, mask=m_k, other=0.0).to(tl.float32)
-        hit = guess == tl.argmax(tl.where(m_k, b_wanted, -float("inf")), axis=0)
-        b_wanted = b_wanted * (1.0 - label_smoothing) + label_smoothing / K
+        b_target = tl.load(target + n * stride_tn + p_k * stride_tk, mask=m_k, other=0.0).to(tl.float32)
+        hit = guess == tl.argmax(tl.where(m_k, b_target, -float("inf")), axis=0)
         valid = n < N  # always
     else:
         label = tl.load(target + n * stride_tn)
         valid = label != ignore_index
         hit = valid & (guess == label)
-        b_wanted = tl.where(p_k == label, 1.0 - label_smoothing, 0.0) + label_smoothing / K
         # A class that does not exist makes the loss and the gradients nan: never a silent number.
-        b_wanted = tl.where((label >= 0) & (label < K), b_wanted, float("nan"))
-    if HAS_WEIGHT:
-        b_wanted *= tl.load(class_weight + p_k * stride_cw, mask=m_k, other=0.0).to(tl.float32)
-    b_wanted = tl.where(m_k, b_wanted, 0.0)
+        b_target = tl.where((label >= 0) & (label < K), tl.where(p_k == label, 1.0, 0.0), float("nan"))
+    b_wanted = _weigh(b_target, class_weight, p_k, m_k, stride_cw, label_smoothing, K, HAS_WEIGHT)
     mass = tl.sum(b_wanted, axis=0)
     if COUNT:
         total = _divisor(
@@ -266,6 +272,139 @@ def fl_pool_linear_cross_entropy_reduce_kernel(
         tl.store(grad_bias + o_k, tl.sum(b_sum, axis=0), mask=m_k)
 
 
+@triton.jit
+def fl_pool_linear_cross_entropy_scan_kernel(
+    logits,  # [N, WIDTH], of the classes from `first` on
+    target,
+    class_weight,
+    state,  # [4, N]: largest logit so far, sum of exp(logit - largest), sum of wanted, sum of wanted * (logit - largest)
+    picks,  # [2, N] int32: class of the largest logit so far, and of the largest probability
+    chances,  # [N], the largest probability so far
+    losses,  # [N], written with the last chunk, as `hits`
+    hits,  # [N] int32
+    N,
+    K,
+    first,
+    width,
+    stride_tn,
+    stride_tk,
+    stride_cw,
+    ignore_index,
+    label_smoothing,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    if FIRST:
+        top = -float("inf")
+        norm = 0.0
+        dot = 0.0
+        mass = 0.0
+        guess = 0
+        chance = -float("inf")
+        wish = 0
+    else:
+        top = tl.load(state + n)
+        norm = tl.load(state + N + n)
+        mass = tl.load(state + 2 * N + n)
+        dot = tl.load(state + 3 * N + n)
+        guess = tl.load(picks + n)
+        if PROBABILITIES:
+            chance = tl.load(chances + n)
+            wish = tl.load(picks + N + n)
+    if not PROBABILITIES:
+        label = tl.load(target + n * stride_tn)
+
+    for k in range(0, width, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        m_k = o_k < width
+        p_k = first + o_k.to(tl.int64)
+        b_logits = tl.load(logits + n * width + o_k, mask=m_k, other=-float("inf"))  # [BK]
+        highest = tl.max(b_logits, axis=0)
+        guess = tl.where(highest > top, first + k + tl.argmax(b_logits, axis=0), guess)
+        largest = tl.maximum(top, highest)
+        shift = tl.where(largest == -float("inf"), 0.0, largest)  # every class so far may be switched off
+        norm = norm * tl.exp(top - shift) + tl.sum(tl.exp(b_logits - shift), axis=0)
+        dot += tl.where(mass != 0.0, mass * (top - shift), 0.0)
+        top = largest
+        if PROBABILITIES:
+            b_target = tl.load(target + n * stride_tn + p_k * stride_tk, mask=m_k, other=0.0).to(tl.float32)
+            b_chance = tl.where(m_k, b_target, -float("inf"))
+            likely = tl.max(b_chance, axis=0)
+            wish = tl.where(likely > chance, first + k + tl.argmax(b_chance, axis=0), wish)
+            chance = tl.maximum(chance, likely)
+        else:
+            b_target = tl.where(p_k == label, 1.0, 0.0)
+        b_wanted = _weigh(b_target, class_weight, p_k, m_k, stride_cw, label_smoothing, K, HAS_WEIGHT)
+        dot += tl.sum(tl.where(b_wanted != 0.0, b_wanted * (b_logits - shift), 0.0), axis=0)
+        mass += tl.sum(b_wanted, axis=0)
+
+    if LAST:
+        if PROBABILITIES:
+            valid = n < N  # always
+            hit = guess == wish
+        else:
+            valid = label != ignore_index
+            hit = valid & (guess == label)
+            mass = tl.where((label >= 0) & (label < K), mass, float("nan"))
+        loss = mass * tl.log(norm) - dot
+        tl.store(losses + n, tl.where(valid, loss, 0.0))
+        tl.store(hits + n, hit.to(tl.int32))
+    else:
+        tl.store(state + 3 * N + n, dot)
+        tl.store(picks + n, guess)
+        if PROBABILITIES:
+            tl.store(chances + n, chance)
+            tl.store(picks + N + n, wish)
+    tl.store(state + n, top)
+    tl.store(state + N + n, norm)
+    tl.store(state + 2 * N + n, mass)
+
+
+@triton.jit
+def fl_pool_linear_cross_entropy_turn_kernel(
+    logits,  # [N, WIDTH], becomes their gradient
+    target,
+    class_weight,
+    state,  # [4, N], as the last scan left it: its last row is not read
+    divisor,  # [], read unless PROBABILITIES
+    N,
+    K,
+    first,
+    width,
+    stride_tn,
+    stride_tk,
+    stride_cw,
+    ignore_index,
+    label_smoothing,
+    grad_scale,
+    HAS_WEIGHT: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < width
+    p_k = first + o_k.to(tl.int64)
+    if PROBABILITIES:
+        b_target = tl.load(target + n * stride_tn + p_k * stride_tk, mask=m_k, other=0.0).to(tl.float32)
+        valid = n < N  # always
+        total = N * 1.0
+    else:
+        label = tl.load(target + n * stride_tn)
+        b_target = tl.where(p_k == label, 1.0, 0.0)
+        valid = label != ignore_index
+        total = tl.load(divisor)
+    b_wanted = _weigh(b_target, class_weight, p_k, m_k, stride_cw, label_smoothing, K, HAS_WEIGHT)
+    b_logits = tl.load(logits + n * width + o_k, mask=m_k, other=-float("inf"))  # [BK]
+    b_prob = tl.exp(b_logits - tl.load(state + n)) / tl.load(state + N + n)
+    b_grad = (b_prob * tl.load(state + 2 * N + n) - b_wanted) * (grad_scale / total)
+    tl.store(logits + n * width + o_k, tl.where(valid, b_grad, 0.0), mask=m_k)
+
+
 def launch(
     x: Tensor,
     weight: Tensor,
@@ -319,22 +458,9 @@ def launch(
     stride_cw = 0 if class_weight is None else class_weight.stride(0)
     divisor = None if count_in_kernel else empty()
 
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with _on(x):
         if divisor is not None:
-            fl_pool_linear_cross_entropy_divisor_kernel[(1,)](
-                target,
-                class_weight,
-                divisor,
-                rows,
-                classes,
-                target.stride(0),
-                stride_cw,
-                ignore_index,
-                HAS_WEIGHT=class_weight is not None,
-                BLOCK_N=4096,
-                num_warps=8,
-                **OPTIONS,
-            )
+            _launch_divisor(target, class_weight, divisor, rows, classes, ignore_index)
         if rows:
             fl_pool_linear_cross_entropy_fwd_kernel[(rows,)](
                 x,
@@ -405,3 +531,147 @@ def launch(
         if need_weight and pooled is not None:
             grad_weight = torch.mm(grad_logits.t(), pooled)
     return loss, correct, grad_pooled, grad_weight, grad_bias
+
+
+class Online:
+    """The rows of a batch with more classes than registers, chunk by chunk; see ops for the order of the calls."""
+
+    def __init__(
+        self,
+        pooled: Tensor,
+        classes: int,
+        target: Tensor,
+        class_weight: Tensor | None,
+        label_smoothing: float,
+        ignore_index: int,
+        grad_scale: float,
+    ) -> None:
+        rows, device = pooled.shape[0], pooled.device
+        self.rows, self.classes, self.target, self.class_weight = rows, classes, target, class_weight
+        self.label_smoothing, self.ignore_index, self.grad_scale = label_smoothing, ignore_index, grad_scale
+        self.probabilities = target.is_floating_point()
+        self.state = torch.empty(4, rows, dtype=torch.float32, device=device)
+        self.picks = torch.empty(2, rows, dtype=torch.int32, device=device)
+        self.losses = torch.empty(rows, dtype=torch.float32, device=device)
+        self.hits = torch.empty(rows, dtype=torch.int32, device=device)
+        self.chances = torch.empty(rows, dtype=torch.float32, device=device) if self.probabilities else None
+        self.divisor = None if self.probabilities else torch.empty((), dtype=torch.float32, device=device)
+        self.strides = (
+            target.stride(0),
+            target.stride(1) if self.probabilities else 0,
+            0 if class_weight is None else class_weight.stride(0),
+        )
+        self.about = dict(HAS_WEIGHT=class_weight is not None, PROBABILITIES=self.probabilities)
+
+    def scan(self, logits: Tensor, first: int) -> None:
+        """Takes the logits of the classes from `first` on, [N, width] contiguous; chunks come in order."""
+        width = logits.shape[1]
+        with _on(logits):
+            if self.rows:
+                fl_pool_linear_cross_entropy_scan_kernel[(self.rows,)](
+                    logits,
+                    self.target,
+                    self.class_weight,
+                    self.state,
+                    self.picks,
+                    self.chances,
+                    self.losses,
+                    self.hits,
+                    self.rows,
+                    self.classes,
+                    first,
+                    width,
+                    *self.strides,
+                    self.ignore_index,
+                    self.label_smoothing,
+                    FIRST=first == 0,
+                    LAST=first + width == self.classes,
+                    **self.about,
+                    BLOCK_K=min(4096, triton.next_power_of_2(width)),
+                    num_warps=8,
+                    **OPTIONS,
+                )
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Loss [] and correct [], after the last chunk."""
+        loss = torch.empty((), dtype=torch.float32, device=self.losses.device)
+        correct = torch.empty((), dtype=torch.int64, device=self.losses.device)
+        with _on(self.losses):
+            if self.divisor is not None:
+                _launch_divisor(
+                    self.target, self.class_weight, self.divisor, self.rows, self.classes, self.ignore_index
+                )
+            fl_pool_linear_cross_entropy_reduce_kernel[(1,)](
+                self.target,
+                self.class_weight,
+                self.divisor,
+                self.losses,
+                self.hits,
+                None,
+                loss,
+                correct,
+                None,
+                self.rows,
+                self.classes,
+                self.strides[0],
+                self.strides[2],
+                self.ignore_index,
+                **self.about,
+                COUNT=self.probabilities,
+                NEED_GRAD_BIAS=False,
+                BLOCK_N=512,
+                BLOCK_K=1,
+                num_warps=4,
+                **OPTIONS,
+            )
+        return loss, correct
+
+    def gradient(self, logits: Tensor, first: int) -> Tensor:
+        """Turns the logits of a chunk into their gradient, in place; after `finish`."""
+        width = logits.shape[1]
+        block = min(2048, triton.next_power_of_2(width))
+        with _on(logits):
+            if self.rows:
+                fl_pool_linear_cross_entropy_turn_kernel[(self.rows, triton.cdiv(width, block))](
+                    logits,
+                    self.target,
+                    self.class_weight,
+                    self.state,
+                    self.divisor,
+                    self.rows,
+                    self.classes,
+                    first,
+                    width,
+                    *self.strides,
+                    self.ignore_index,
+                    self.label_smoothing,
+                    self.grad_scale,
+                    **self.about,
+                    BLOCK_K=block,
+                    num_warps=4,
+                    **OPTIONS,
+                )
+        return logits
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _launch_divisor(
+    target: Tensor, class_weight: Tensor | None, divisor: Tensor, rows: int, classes: int, ignore_index: int
+) -> None:
+    fl_pool_linear_cross_entropy_divisor_kernel[(1,)](
+        target,
+        class_weight,
+        divisor,
+        rows,
+        classes,
+        target.stride(0),
+        0 if class_weight is None else class_weight.stride(0),
+        ignore_index,
+        HAS_WEIGHT=class_weight is not None,
+        BLOCK_N=4096,
+        num_warps=8,
+        **OPTIONS,
+    )

@@ -28,7 +28,8 @@ from fastlocal.reference.pool_linear_cross_entropy import (
 )
 
 NAME = "pool_linear_cross_entropy"
-MAX_TRITON_CLASSES = 1024  # a row of logits lives in registers
+MAX_CLASSES = 1024  # a row of logits lives in registers; of more classes, a chunk at a time is in memory
+CHUNK_ELEMENTS = 1 << 22  # of logits: 16 MB
 FUSED_WEIGHT = 1 << 16  # up to so many elements each Triton program reads the whole weight; beyond, cuBLAS does
 COUNT_ROWS = 4096  # up to so many rows each Triton program adds up itself what the loss is divided by
 
@@ -275,8 +276,6 @@ def _signature(
 def _reject_triton(s: Signature) -> str | None:
     if s.triton is not None:
         return s.triton
-    if s.classes > MAX_TRITON_CLASSES:
-        return f"{s.classes} classes; the kernel keeps a row of at most {MAX_TRITON_CLASSES} in registers"
     if torch.float64 in s.dtypes:
         return "float64; the kernel accumulates in float32"
     if s.device == "cpu" and torch.bfloat16 in s.dtypes:
@@ -308,14 +307,20 @@ def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     names = [argument.name for argument in _operator._schema.arguments]
     call = dict(zip(names, args)) | kwargs
     x, weight, bias, target, needs = (call[name] for name in ("x", "weight", "bias", "target", "needs"))
+    narrow = [t is not None and t.dtype != torch.float32 for t in (x, weight, bias)]
+    pools = narrow[0] or positions(x, call["pool"]) > 1
+    results = 0 if call["wide_grads"] else sum(need and n for need, n in zip(needs, narrow))
+    if weight.shape[0] > MAX_CLASSES:
+        chunks = len(range(0, weight.shape[0], chunk_classes(x.shape[0], weight.shape[0])))
+        logits = 1 + narrow[1]
+        launches = pools + narrow[2] + (not target.is_floating_point()) + chunks * (logits + 1) + 1
+        if any(needs):  # the last chunk's logits are still there
+            launches += (chunks - 1) * logits + chunks * (1 + sum(needs))
+        return launches + results
     launches = 2 + needs[1] + (not _counts_in_kernel(target))  # rows, sums, weight gradient, divisor
     if not _fused(weight):
-        launches += 2 + needs[0]  # pool, logits, gradient of the pool
-        launches -= positions(x, call["pool"]) == 1 and x.dtype == torch.float32  # nothing to pool or to cast
-        launches += sum(t is not None and t.dtype != torch.float32 for t in (weight, bias))
-    if not call["wide_grads"]:
-        launches += sum(need and t.dtype != torch.float32 for need, t in zip(needs, (x, weight, bias)))
-    return launches
+        launches += pools + 1 + needs[0] + narrow[1] + narrow[2]  # pool, logits, gradient of the pool, casts
+    return launches + results
 
 
 def _run(
@@ -339,9 +344,15 @@ def _run(
     if chosen == "triton":
         from fastlocal.triton_kernels import pool_linear_cross_entropy as kernels  # Triton is optional
 
-        loss, correct, *grads = kernels.launch(*args, needs, _fused(weight), _counts_in_kernel(target))
+        if weight.shape[0] > MAX_CLASSES:
+            loss, correct, *grads = _by_chunks(kernels.Online, *args, needs)
+        else:
+            loss, correct, *grads = kernels.launch(*args, needs, _fused(weight), _counts_in_kernel(target))
     elif chosen == "aten":
-        loss, correct, *grads = _aten(*args, needs)
+        if weight.shape[0] > MAX_CLASSES:
+            loss, correct, *grads = _by_chunks(_Online, *args, needs)
+        else:
+            loss, correct, *grads = _aten(*args, needs)
     else:
         loss, correct, *grads = closed_form(*args)
     out = [
@@ -454,3 +465,151 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return torch.mm(a, b)
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # beta=0: the first argument is never read
+
+
+def chunk_classes(rows: int, classes: int) -> int:
+    """How many classes are taken at a time where there are more than MAX_CLASSES: never all of them."""
+    return min(max(MAX_CLASSES, CHUNK_ELEMENTS // max(rows, 1)), -(-classes // 256) * 128)
+
+
+def _by_chunks(
+    online: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pool: str,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """A chunk of classes at a time: logits once for the loss and once more, as its gradient; [N, K] is never in memory."""
+    wide = wide_dtype(x, weight)
+    classes = weight.shape[0]
+    dims = pooled_dims(x, pool)
+    pooled = x.mean(dims, dtype=wide) if positions(x, pool) > 1 else x.reshape(x.shape[:2]).to(wide)
+    wide_bias = None if bias is None else bias.to(wide)
+    state = online(pooled, classes, target, class_weight, label_smoothing, ignore_index, grad_scale)
+    chunk = chunk_classes(x.shape[0], classes)
+    starts = range(0, classes, chunk)
+
+    def logits_of(first: int) -> tuple[Tensor, Tensor]:
+        part = weight[first : first + chunk].to(wide)
+        if wide_bias is None:
+            return torch.mm(pooled, part.t()), part
+        return torch.addmm(wide_bias[first : first + chunk], pooled, part.t()), part
+
+    for first in starts:
+        logits, part = logits_of(first)
+        state.scan(logits, first)
+    loss, correct = state.finish()
+    if not any(needs):
+        return loss, correct, None, None, None
+
+    grad_pooled = torch.empty(pooled.shape, dtype=wide, device=x.device) if needs[0] else None
+    grad_weight = torch.empty(weight.shape, dtype=wide, device=x.device) if needs[1] else None
+    grad_bias = torch.empty(classes, dtype=wide, device=x.device) if needs[2] else None
+    for first in reversed(starts):
+        last = first == starts[-1]
+        if not last:
+            logits, part = logits_of(first)
+        grad = state.gradient(logits, first)
+        if grad_pooled is not None:
+            grad_pooled.addmm_(grad, part, beta=0 if last else 1, alpha=1.0 / positions(x, pool))
+        if grad_weight is not None:
+            torch.mm(grad.t(), pooled, out=grad_weight[first : first + chunk])
+        if grad_bias is not None:
+            torch.sum(grad, 0, out=grad_bias[first : first + chunk])
+    return loss, correct, grad_pooled, grad_weight, grad_bias
+
+
+class _Online:
+    """The rows of a batch, chunk by chunk: what kernels.Online is, from ATen calls."""
+
+    def __init__(
+        self,
+        pooled: Tensor,
+        classes: int,
+        target: Tensor,
+        class_weight: Tensor | None,
+        label_smoothing: float,
+        ignore_index: int,
+        grad_scale: float,
+    ) -> None:
+        rows, wide = pooled.shape[0], pooled.dtype
+        self.target, self.smoothing, self.grad_scale = target, label_smoothing, grad_scale
+        self.share = label_smoothing / classes
+        self.each = pooled.new_ones(1).expand(classes) if class_weight is None else class_weight.to(wide)
+        self.top = self.chance = pooled.new_full((rows,), -torch.inf)  # largest logit and probability so far
+        self.norm = pooled.new_zeros(rows)  # sum of exp(logit - top)
+        self.mass = pooled.new_zeros(rows)  # sum of what the classes should have
+        self.dot = pooled.new_zeros(rows)  # sum of that times (logit - top)
+        self.guess = self.wish = torch.zeros(rows, dtype=torch.int64, device=pooled.device)
+        self.probabilities = target.is_floating_point()
+        if self.probabilities:
+            self.counts = torch.ones(rows, dtype=torch.bool, device=pooled.device)
+            self.total = pooled.new_full((), rows)
+            return
+        self.counts = target != ignore_index
+        known = target.where(self.counts, 0)
+        # -1 would count from the end; out of range it raises, like any class that does not exist.
+        row_weight = self.each[known.where(known >= 0, classes)] * self.counts
+        self.own = (1 - label_smoothing) * row_weight
+        self.total = row_weight.sum()
+
+    def scan(self, logits: Tensor, first: int) -> None:
+        top, index = logits.max(1)
+        self.guess = torch.where(top > self.top, index + first, self.guess)
+        top = torch.maximum(top, self.top)
+        shift = torch.where(top > -torch.inf, top, 0.0)  # every class so far may be switched off
+        self.norm = self.norm * (self.top - shift).exp() + (logits - shift[:, None]).exp_().sum(1)
+        # Less the largest logit before it is added up: of large logits little else would be left.
+        self.dot = self.dot + torch.where(self.mass != 0, self.mass * (self.top - shift), 0.0)
+        self.top = top
+        if self.probabilities:
+            chance, index = self._part(self.target, logits, first).to(logits.dtype).max(1)
+            self.wish = torch.where(chance > self.chance, index + first, self.wish)
+            self.chance = torch.maximum(chance, self.chance)
+            wanted = self._wanted(logits, first)
+            self.dot = self.dot + (wanted * (logits - shift[:, None])).sum(1)
+            self.mass = self.mass + wanted.sum(1)
+            return
+        inside, at = self._where(logits, first)
+        self.dot = self.dot + torch.where(inside, self.own * (logits.gather(1, at)[:, 0] - shift), 0.0)
+        self.mass = self.mass + torch.where(inside, self.own, 0.0)
+        if self.smoothing:
+            each = self._part(self.each, logits, first)
+            self.dot = self.dot + self.share * ((logits - shift[:, None]) @ each)
+            self.mass = self.mass + self.share * each.sum()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Loss [] and correct [], after the last chunk."""
+        losses = torch.where(self.counts, self.mass * self.norm.log() - self.dot, 0.0)
+        self.scale = torch.where(self.counts, self.grad_scale / self.total, 0.0)
+        right = self.guess == (self.wish if self.probabilities else self.target)
+        return losses.sum() / self.total, (right & self.counts).sum()
+
+    def gradient(self, logits: Tensor, first: int) -> Tensor:
+        """Turns the logits of a chunk into their gradient, in place; after `finish`."""
+        grad = logits.sub_(self.top[:, None]).exp_().mul_((self.mass * self.scale / self.norm)[:, None])
+        if self.probabilities:
+            return grad.sub_(self._wanted(logits, first).mul_(self.scale[:, None]))
+        inside, at = self._where(logits, first)
+        grad.scatter_add_(1, at, torch.where(inside, -self.own * self.scale, 0.0)[:, None])
+        if self.smoothing:
+            grad.addr_(self.scale, self._part(self.each, logits, first), alpha=-self.share)
+        return grad
+
+    def _part(self, of_classes: Tensor, logits: Tensor, first: int) -> Tensor:
+        return of_classes[..., first : first + logits.shape[1]]
+
+    def _wanted(self, logits: Tensor, first: int) -> Tensor:
+        wanted = self._part(self.target, logits, first).to(logits.dtype) * (1 - self.smoothing) + self.share
+        return wanted * self._part(self.each, logits, first)
+
+    def _where(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Whether the target is in the chunk, [N], and where, [N, 1]."""
+        at, width = self.target - first, logits.shape[1]
+        return (at >= 0) & (at < width), at.clamp(0, width - 1)[:, None]

@@ -161,6 +161,112 @@ def test_closed_form_of_the_specification(kind):
         torch.testing.assert_close(got, grad, rtol=1e-12, atol=1e-15)
 
 
+MANY = [(1025, "index"), (1025, "weighted"), (2500, "smoothed"), (2500, "probabilities"), (3001, "ignored")]
+MANY += [(3001, "weighted probabilities")]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 512 classes or less, so that there are a last one, first ones and some between."""
+    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(MODULE, "MAX_CLASSES", 512)
+
+
+@pytest.mark.parametrize("classes, kind", MANY)
+def test_more_classes_than_registers(classes, kind, small_chunks):
+    assert MODULE.chunk_classes(7, classes) == 512
+    for rows, dtype in ((1, torch.float32), (31, torch.float32), (7, torch.bfloat16), (7, torch.float16)):
+        args, options = make(rows, 13, (3, 2), classes, kind=kind, dtype=dtype)
+        for form in (value_and_grad("aten"), through_autograd("aten")):
+            check(form, args, f"{rows} {dtype}", **options)
+    args, options = make(7, 13, (), classes, kind=kind, dtype=torch.float64)
+    got = value_and_grad("aten")(*args, pool="none", **options)
+    for a, b in zip(got, rival(args, pool="none", **options)):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_gradcheck_by_chunks(kind, monkeypatch):
+    monkeypatch.setattr(MODULE, "MAX_CLASSES", 2)
+    monkeypatch.setattr(MODULE, "chunk_classes", lambda rows, classes: 3)
+    args, options = make(4, 3, (2, 1), 7, kind=kind, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in args[:3]]
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: pool_linear_cross_entropy(x, w, b, args[3], impl="aten", **options)[0], leaves
+    )
+
+
+def test_chunks_by_size():
+    assert MODULE.chunk_classes(128, 1025) == 640 and MODULE.chunk_classes(128, 50_000) == 25_088
+    assert MODULE.chunk_classes(1024, 200_000) == 4096 and MODULE.chunk_classes(1 << 20, 200_000) == 1024
+    assert all(0 < MODULE.chunk_classes(rows, k) < k for rows in (0, 1, 9999) for k in range(1025, 5000, 7))
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a storage that an operator made."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_no_logits_of_all_classes_in_memory(kind):
+    rows, classes = 512, 20_000
+    args, options = make(rows, 4, (), classes, kind=kind)
+    chunk = MODULE.chunk_classes(rows, classes)
+    with Largest() as largest:
+        MODULE._run(
+            *args, options.get("class_weight"), "none", options.get("label_smoothing", 0.0),
+            options.get("ignore_index", -100), 1.0, [True] * 3, True, "aten",
+        )  # fmt: skip
+    limit = rows * classes if kind.endswith("probabilities") else rows * chunk  # a view of the target has its storage
+    assert rows * chunk < 0.5 * rows * classes and largest.bytes == 4 * limit
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_row_counts_by_chunks(rows, smoothing, small_chunks):
+    args, _ = make(rows, 3, (2, 2), 1300)
+    args[3].fill_(-100)
+    loss, correct, *grads = value_and_grad("aten")(*args, label_smoothing=smoothing)
+    assert loss.isnan() and correct.item() == 0
+    for got, like in zip(grads, args):
+        assert torch.equal(got, torch.zeros_like(like))
+
+
+def test_a_chunk_switched_off_by_an_infinite_bias(small_chunks):
+    args, _ = make(6, 5, (3, 3), 1300)
+    args[2][:600] = -torch.inf
+    args[2][1100:] = -torch.inf
+    args[3].copy_(torch.randint(600, 1100, (6,)))
+    for got, want in zip(value_and_grad("aten")(*args), rival(args)):
+        torch.testing.assert_close(got, want)
+
+
+def test_huge_logits_by_chunks(small_chunks):
+    for kind in ALL:
+        target, options = make(9, 16, (), 1300, kind=kind)[0][3], make(9, 16, (), 1300, kind=kind)[1]
+        x, weight = torch.randint(-40, 40, (9, 16)).float(), torch.randint(-100, 100, (1300, 16)).float()
+        assert F.linear(x, weight).abs().max() > 1e4
+        check(value_and_grad("aten"), (x, weight, torch.zeros(1300), target), kind, pool="none", **options)
+
+
+def test_class_that_does_not_exist_among_many(small_chunks):
+    args, _ = make(4, 3, (2, 2), 1300)
+    for bad in (1300, -1):
+        args[3][1] = bad
+        with pytest.raises(IndexError, match="out of bounds"):
+            pool_linear_cross_entropy(*args, impl="aten")
+
+
 def test_class_weights_are_those_of_cross_entropy():
     """Where they do not sum to the number of rows: the mean over indices is weighted, that over probabilities is not."""
     args, _ = make(6, 5, (3, 3), 4)
@@ -510,7 +616,7 @@ def test_signature_and_reasons():
     reject = MODULE._reject_triton
     good = MODULE.Signature("cuda", None, (torch.float32, torch.bfloat16, torch.int64), 1000)
     assert reject(good) is None
-    assert "1024" in reject(good._replace(classes=1025))
+    assert reject(good._replace(classes=200_000)) is None
     assert "float64" in reject(good._replace(dtypes=(torch.float64,) * 3))
     assert "interpreter" in reject(good._replace(device="cpu"))
     assert reject(good._replace(triton="why")) == "why"

@@ -178,12 +178,84 @@ def test_the_context_manager_and_reasons():
     assert ops.explain(pool_linear_cross_entropy, *args).chosen == "triton"
     with ops.backend("aten"):
         assert ops.explain(pool_linear_cross_entropy, *args).chosen == "aten"
-    many = (args[0], torch.zeros(1025, 3), None, args[3])
-    assert ops.explain(pool_linear_cross_entropy, *many).chosen == "aten"
-    with pytest.raises(BackendError, match=r"1025 classes.*1024"):
-        triton(*many)
+    many = (args[0], torch.zeros(200_000, 3), None, args[3])
+    assert ops.explain(pool_linear_cross_entropy, *many).chosen == "triton"
     with pytest.raises(BackendError, match="bfloat16"):
         triton(args[0].bfloat16(), *args[1:])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 512 classes or less, so that there are a last one, first ones and some between."""
+    monkeypatch.setattr(OPERATOR, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(OPERATOR, "MAX_CLASSES", 512)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    "rows, classes, dtype", [(3, 1300, torch.float32), (5, 1025, torch.float16), (1, 1536, torch.float32)]
+)
+def test_by_chunks(rows, classes, dtype, kind, small_chunks):
+    args, options = make(rows, 5, (3, 2), classes, kind=kind, dtype=dtype)
+    check(triton, args, **options)
+
+
+@pytest.mark.parametrize("kind", ["weighted", "weighted probabilities"])
+def test_a_chunk_of_many_blocks(kind):
+    args, options = make(2, 3, (), 9000, kind=kind, bias=False)
+    assert OPERATOR.chunk_classes(2, 9000) > 4096
+    check(triton, args, pool="none", **options)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_partial_gradients_by_chunks(needs, small_chunks):
+    args, _ = make(3, 5, (3, 3), 1100)
+    leaves = [t.clone().requires_grad_(need) for t, need in zip(args, needs)]
+    loss, correct = pool_linear_cross_entropy(*leaves, args[3], impl="triton")
+    expected = rival(args)
+    torch.testing.assert_close(loss, expected[0])
+    assert correct.item() == expected[1].item()
+    if any(needs):
+        (loss * 4).backward()
+    for leaf, need, grad in zip(leaves, needs, expected[2:]):
+        assert (leaf.grad is not None) == need
+        if need:
+            torch.testing.assert_close(leaf.grad, grad * 4)
+
+
+def test_edges_by_chunks(small_chunks):
+    """No row that counts; a chunk that is switched off; huge logits; a class that does not exist; any strides."""
+    for rows in (0, 3):
+        args, _ = make(rows, 3, (2, 2), 1300)
+        args[3].fill_(-100)
+        loss, correct, *grads = triton(*args)
+        assert loss.isnan() and correct.item() == 0
+        for grad, like in zip(grads, args):
+            assert torch.equal(grad, torch.zeros_like(like))
+
+    args, _ = make(4, 5, (3, 3), 1300)
+    args[2][:600] = -torch.inf
+    args[2][1100:] = -torch.inf
+    args[3].copy_(torch.randint(600, 1100, (4,)))
+    for got, want in zip(triton(*args), rival(args)):
+        torch.testing.assert_close(got, want)
+
+    for kind in ALL:
+        (_, _, _, target), options = make(4, 16, (), 1300, kind=kind)
+        x, weight = torch.randint(-40, 40, (4, 16)).float(), torch.randint(-100, 100, (1300, 16)).float()
+        check(triton, (x, weight, torch.zeros(1300), target), kind, pool="none", **options)
+
+    args, _ = make(3, 5, (3, 3), 1300)
+    for bad in (1300, -1):
+        args[3][1] = bad
+        loss, _, grad_x, grad_weight, _ = triton(*args)
+        assert loss.isnan() and grad_x[1].isnan().all() and grad_weight.isnan().all()
+        assert not grad_x[0].isnan().any()
+
+    each = torch.rand(1300, 2)[:, 0]
+    weight, target = torch.randn(5, 1300).t(), torch.rand(1300, 3).t()
+    for wanted in (target, torch.randint(1300, (6,))[::2]):
+        check(triton, (args[0], weight, torch.randn(1300), wanted), class_weight=each)
 
 
 def test_one_class():

@@ -15,6 +15,8 @@ from fastlocal.triton_kernels import pool_linear_cross_entropy as kernels
 from tests.ops.cases import make
 from tests.triton_kernels.ahead import SHARED_LIMIT, Recorder, compile_for, cuobjdump
 
+operator = sys.modules["fastlocal.ops.pool_linear_cross_entropy"]
+
 HERE = Path(__file__).parent
 interpreting = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
@@ -46,22 +48,24 @@ def recorded(monkeypatch):
 
 def launch(args, options=None, *, pool="mean", needs=(True, True, True), fused=True, count=True):
     options = options or {}
+    if args[1].shape[0] > operator.MAX_CLASSES:
+        call = (options.get("class_weight"), pool, options.get("label_smoothing", 0.0), -100, 1.0, needs)
+        return operator._by_chunks(kernels.Online, *args, *call)
     smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
     return kernels.launch(*args, options.get("class_weight"), pool, smoothing, ignore, 1.0, needs, fused, count)
 
 
 # Channels, spatial, classes, channels_last, kind of target, fused.
 SHAPES = [
-    (16, (32, 32), 10, False, "index", True),
-    (16, (8, 8), 10, False, "weighted", True),
-    (64, (7, 7), 1000, False, "weighted probabilities", True),
     (16, (32, 32), 10, True, "index", True),
+    (16, (32, 32), 10, False, "weighted", True),
     (64, (8, 8), 100, True, "probabilities", True),
-    (64, (7, 7), 1000, False, "smoothed", True),
-    (31, (7, 7), 127, False, "index", True),
+    (64, (7, 7), 1000, False, "weighted probabilities", True),
     (127, (56, 56), 100, True, "index", True),
-    (2048, (1, 1), 10, False, "index", True),
+    (2048, (1, 1), 10, False, "smoothed", True),
     (128, (7, 7), 1000, False, "index", False),
+    (16, (1, 1), 1300, False, "index", False),
+    (16, (1, 1), 20_000, False, "weighted probabilities", False),
 ]
 
 
@@ -109,11 +113,13 @@ class Trace(TorchDispatchMode):
         (5000, 4, 3, "weighted", torch.float32),
         (8, 100, 1000, "smoothed", torch.float32),
         (8, 100, 1000, "index", torch.bfloat16),
+        (8, 4, 1300, "index", torch.float32),
+        (5000, 4, 4000, "weighted", torch.bfloat16),
+        (8, 4, 1300, "probabilities", torch.float32),
     ],
 )
 def test_launches(rows, channels, classes, kind, dtype, needs, wide_grads, recorded, monkeypatch):
     """What triton_launches says is what the operator launches."""
-    operator = sys.modules["fastlocal.ops.pool_linear_cross_entropy"]
     monkeypatch.setattr(operator._dispatch, "choose", lambda *_: "triton")
     args, options = make(rows, channels, (2, 2), classes, kind=kind, dtype=dtype)
     smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
