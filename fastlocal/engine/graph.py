@@ -92,12 +92,23 @@ class CudaGraphs:
         pool = others[0].pool() if others else torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         random = torch.cuda.get_rng_state(self._device)
+        failed: list[BaseException] = []
+
+        def recorded() -> None:
+            try:
+                run()
+            except BaseException as error:
+                failed.append(error)
+                raise
+
         try:
             # torch.cuda.graph leaves its stream current if the end of a capture fails. Other threads may pin memory meanwhile.
             with self.warm_up(), torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
-                run()
-        except BaseException:
+                recorded()
+        except BaseException as error:
             torch.cuda.set_rng_state(random, self._device)
+            if failed and error is not failed[0]:  # the end of a broken capture hides what broke it
+                raise failed[0] from error
             raise
         return graph
 

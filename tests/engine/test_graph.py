@@ -18,6 +18,7 @@ from fastlocal import models, ops
 from fastlocal.engine.clip import Clip
 from fastlocal.engine.graph import MAX_GRAPHS, WARM_UP, graph_device
 from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
+from fastlocal.ops._dispatch import as_on_gpu
 from tests.engine import recorder
 from tests.engine.untouched import assert_same, state_of
 
@@ -109,6 +110,16 @@ def test_twenty_steps_with_changing_rates_and_an_odd_last_batch(method: str) -> 
         assert all(type(r) is float for r in rates) and rates == [g["lr"] for g in pair.eager.optimizer.param_groups]
     pair.check()
     assert (pair.graphs.captures, pair.graphs.eager, pair.graphs.replays) == (2, 3 + WARM_UP, 15)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_operators_of_a_gpu(method: str) -> None:
+    with as_on_gpu():
+        pair = Pair(localized(method), fused_sgd)
+        for i in range(6):
+            pair.step(*batch(i))
+        pair.check()
+    assert pair.graphs.replays == 3
 
 
 @pytest.mark.parametrize("update", ["immediate", "end"])
