@@ -1,4 +1,4 @@
-"""Losses of blocks and heads: plain PyTorch, and two of the operators of ``fastlocal.ops``.
+"""Losses of blocks and heads: plain PyTorch, and three of the operators of ``fastlocal.ops``.
 
 Each computes in float32 at least (float64 stays), whatever dtype the network runs in and whether or not autocast is on,
 and returns a 0-dim mean over the batch. Pieces that depend on labels or on the image only are functions of their own,
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlocal.errors import ArgumentError
+from fastlocal.ops.reconstruction_loss import reconstruction_loss
 from fastlocal.ops.similarity_matching_loss import similarity_matching_loss, similarity_matrix, target_similarity
 from fastlocal.ops.supervised_contrastive_loss import class_indices, positive_weights, supervised_contrastive_loss
 
@@ -145,18 +145,3 @@ def restore_image(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     x = full_precision(x.detach())
     return torch.addcmul(mean.to(x.dtype), x, std.to(x.dtype)).clamp_(0, 1)
-
-
-def reconstruction_loss(logits: Tensor, image: Tensor) -> Tensor:
-    """Mean binary cross-entropy between ``sigmoid(logits)`` and an image in [0, 1], both [B, C, H, W].
-
-    The logarithms are clamped at -100, as ``torch.nn.BCELoss`` does, so the gradient vanishes where the sigmoid
-    saturates.
-    """
-    with _no_autocast(logits):
-        return F.binary_cross_entropy(torch.sigmoid(full_precision(logits)), image)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
