@@ -108,7 +108,7 @@ class CudaGraphs:
         except BaseException as error:
             torch.cuda.set_rng_state(random, self._device)
             if failed and error is not failed[0]:  # the end of a broken capture hides what broke it
-                raise failed[0] from error
+                raise failed[0] from None
             raise
         return graph
 
@@ -192,13 +192,13 @@ class Rates:
             )
 
     @contextmanager
-    def lent(self, groups: list[dict[str, Any]]) -> Iterator[None]:
-        """Inside, the groups' rates are the device's, and Adam knows that it may be captured."""
+    def lent(self, groups: list[dict[str, Any]], *, capturing: bool = False) -> Iterator[None]:
+        """Inside, the groups' rates are the device's; in a capture Adam, which asks, is told that it may be captured."""
         before = [(g["lr"], g.get("capturable")) for g in groups]
         try:
             for g, view in zip(groups, self._views, strict=True):
                 g["lr"] = view
-                if "capturable" in g:
+                if capturing and "capturable" in g:
                     g["capturable"] = True
             yield
         finally:
@@ -588,7 +588,7 @@ class StepGraphs:
 
         others = [s.graph for s in self._shapes.values() if s.graph is not None]
         try:
-            with self._rates.lent(groups):
+            with self._rates.lent(groups, capturing=True):
                 graph = self._device.capture(run, others)
         except Exception as error:
             stamp.restore()

@@ -70,6 +70,7 @@ class Recorder:
     def __init__(self, device: torch.device | None = None):
         self.captures = 0
         self.warm = 0
+        self.capturing = False
         self.fail_at: str | None = None
         self.after: Callable[[], None] | None = None  # runs at the end of a capture
 
@@ -83,12 +84,14 @@ class Recorder:
         recording = _Recording()
         recording.fail_at = self.fail_at
         random = torch.get_rng_state()
+        self.capturing = True
         try:
             with recording, mock.patch("torch.nn.functional.one_hot", _one_hot):
                 run()
                 if self.after is not None:
                     self.after()
         finally:
+            self.capturing = False
             for storage, content in recording.before.values():
                 torch.empty(0, dtype=torch.uint8).set_(storage).copy_(content)  # type: ignore[call-overload]
             torch.set_rng_state(random)

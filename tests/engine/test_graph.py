@@ -6,7 +6,8 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -233,6 +234,86 @@ def test_outputs_outlive_the_next_steps() -> None:
     for a, b in outs:
         assert torch.equal(a.losses, b.losses) and torch.equal(a.correct, b.correct)
         assert torch.equal(a.logits, b.logits)
+
+
+def test_adam_is_capturable_while_it_is_captured_and_at_no_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses a capture otherwise, and warns in eager steps."""
+    engine = recorder.engine(localized(), adamw)
+    device: Any = engine._graphs._device
+    seen: list[bool] = []
+
+    def check(self: torch.optim.Optimizer) -> None:
+        assert all(g["capturable"] == device.capturing for g in self.param_groups)
+        seen.append(device.capturing)
+
+    monkeypatch.setattr(torch.optim.AdamW, "_accelerator_graph_capture_health_check", check)
+    for i in range(5):
+        engine.step(*batch(i))
+    assert seen == [False] * 9 + [True] * 3
+    assert not any(g["capturable"] for g in engine.optimizer.param_groups)
+
+
+def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the calls: eager steps and captures on one side stream, one pool, streams wait for one another."""
+    calls: list[Any] = []
+    device = torch.device("cuda", 0)
+
+    class Stream:
+        def __init__(self, where: Any = None, name: str = "side"):
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            calls.append((self.name, "waits for", other.name))
+
+    class Graph:
+        def pool(self) -> str:
+            return "pool of the first"
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+    @contextmanager
+    def stream(s: Any) -> Iterator[None]:
+        calls.append(("on", s.name))
+        yield
+        calls.append(("off", s.name))
+
+    @contextmanager
+    def capture(graph: Any, pool: Any, s: Any, capture_error_mode: str) -> Iterator[None]:
+        calls.append(("begin", pool, s.name))
+        try:
+            yield
+        finally:
+            calls.append("end")
+            if "broken" in calls:
+                raise RuntimeError("capture invalidated")
+
+    main = Stream(name="main")
+    fakes = dict(Stream=Stream, CUDAGraph=Graph, stream=stream, graph=capture, current_stream=lambda d: main)
+    fakes |= dict(graph_pool_handle=lambda: "a pool", get_rng_state=lambda d: "state")
+    fakes |= dict(set_rng_state=lambda s, d: calls.append(("random", s)))
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs: Any = graph_device(device)
+    assert calls == [] and graphs.rate_dtype == torch.float32
+    around = [("side", "waits for", "main"), ("on", "side")], [("off", "side"), ("main", "waits for", "side")]
+    with graphs.warm_up():
+        calls.append("step")
+    assert calls == [*around[0], "step", *around[1]]
+    calls.clear()
+    first = graphs.capture(lambda: calls.append("step"), [])
+    assert calls == [*around[0], ("begin", "a pool", "side"), "step", "end", *around[1]]
+    calls.clear()
+    graphs.capture(lambda: calls.append("step"), [first]).replay()
+    assert calls[2] == ("begin", "pool of the first", "side") and calls[-1] == "replay"
+
+    def breaks() -> None:
+        calls.append("broken")
+        raise ValueError("an operator")
+
+    with pytest.raises(ValueError, match="an operator"):
+        graphs.capture(breaks, [])
+    assert ("random", "state") in calls
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
