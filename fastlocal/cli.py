@@ -24,6 +24,7 @@ BENCHES = {
     "ledger": "launches, block passes, MACs and saved bytes of a step of every method",
     "kernels": "registers, shared memory and spills of every Triton kernel, compiled without a GPU",
     "gpu": "operators and whole steps on a CUDA device, beside their rivals",
+    "tune": "launch configurations for this CUDA device, as a table that the kernels read",
     "accuracy": "short runs on real images, one record each",
     "plan_time": "planned memory and time against measured ones",
     "step_time": "milliseconds of a step: plain loop or official code against the engine, in turns",

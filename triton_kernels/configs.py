@@ -25,8 +25,10 @@ FORMAT = 1
 _log = logging.getLogger("fastlocal")
 _Config = TypeVar("_Config", bound=tuple)  # a NamedTuple of numbers
 _Key = tuple[tuple[str, int | str | bool], ...]
+Question = tuple[str, dict[str, int | str | bool], Any]  # kernel, key and default of a call of `tuned`
 # Not a context variable: autograd runs backward launches in threads of its own.
 _forced: Mapping[str, Any] | None = None
+_asked: list[Question] | None = None
 
 
 class Entry(NamedTuple):
@@ -48,6 +50,8 @@ def tuned(kernel: str, device: torch.device, key: Mapping[str, int | str | bool]
         default: the launcher's own choice, a NamedTuple of whole numbers and booleans.
     """
     if _forced is not None:
+        if _asked is not None:
+            _asked.append((kernel, dict(key), default))
         return _forced.get(kernel, default)
     if device.type != "cuda":
         return default
@@ -55,15 +59,15 @@ def tuned(kernel: str, device: torch.device, key: Mapping[str, int | str | bool]
 
 
 @contextlib.contextmanager
-def forced(configs: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Inside, in all threads, tables are left out; a kernel named in `configs` takes that configuration. For
-    measurements and tests: a captured graph keeps what it was captured with."""
-    global _forced
-    before, _forced = _forced, configs or {}
+def forced(configs: Mapping[str, Any] | None = None, asked: list[Question] | None = None) -> Iterator[None]:
+    """Inside, in all threads, tables are left out; a kernel named in `configs` takes that configuration; `asked` grows by
+    what the launchers ask for. For measurements and tests: a captured graph keeps what it was captured with."""
+    global _forced, _asked
+    before, _forced, _asked = (_forced, _asked), configs or {}, asked
     try:
         yield
     finally:
-        _forced = before
+        _forced, _asked = before
 
 
 def forced_for(kernel: str) -> Any:
@@ -104,13 +108,13 @@ def mismatch(entry: Entry, default: Any) -> str | None:
         if type(value) is not type(own[name]):
             return f"{name} is {value!r}"
         if type(value) is int and not _allowed(name, value):
-            return f"{name} is {value}, which is no power of two"
+            return f"{name} is {value}, which cannot be"
     return None
 
 
 def _allowed(name: str, value: int) -> bool:
     power = value > 0 and value & (value - 1) == 0
-    return power if name.startswith(("block", "warps")) else value >= 0
+    return power if name.startswith(("block", "warps")) else value > 0
 
 
 @functools.lru_cache(maxsize=64)

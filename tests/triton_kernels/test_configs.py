@@ -117,7 +117,11 @@ def test_tables_are_left_out_on_request(device, monkeypatch):
         assert configs.tuned("ema_update", CUDA, KEY, DEFAULT) == Config(2, 1)
         assert configs.tuned("ema_update", CPU, KEY, DEFAULT) == Config(2, 1)
         assert configs.tuned("fused_sgd", CPU, KEY, DEFAULT) is DEFAULT
-    assert configs.tuned("ema_update", CUDA, KEY, DEFAULT) == Config(128, 8, True)
+    asked = []
+    with configs.forced({"ema_update": Config(2, 1)}, asked):
+        assert configs.tuned("ema_update", CUDA, KEY, DEFAULT) == Config(2, 1)
+    assert asked == [("ema_update", KEY, DEFAULT)]
+    assert configs.tuned("ema_update", CUDA, KEY, DEFAULT) == Config(128, 8, True) and len(asked) == 1
     monkeypatch.setenv("FASTLOCAL_TABLES", "0")
     configs._tuned.cache_clear()
     configs._table.cache_clear()
