@@ -145,7 +145,14 @@ def measure_peaks() -> list[dict[str, Any]]:
     for name, options, rows, method, blocks, extra in PEAKS:
         torch.manual_seed(0)
         x, y = batch_of(name, options, rows)
-        plan = fl.plan(lambda: models.create(name, **options), x, method=method, blocks=blocks, **extra)  # noqa: B023
+        plan = fl.plan(
+            lambda: models.create(name, **options),  # noqa: B023
+            x,
+            method=method,
+            blocks=blocks,
+            device="cpu-core",  # the operators that run below
+            **extra,
+        )
         storages = StorageTracker()
         with storages:
             model = fl.localize(models.create(name, **options), method, blocks=blocks, sample=x[:2], **extra)

@@ -11,6 +11,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ from fastlocal.engine.localize import _all_slots, _Builder, _put_back, localize,
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import OptimizerFactory
 from fastlocal.errors import ArgumentError, BackendError, did_you_mean
+from fastlocal.ops._dispatch import as_on_gpu
 
 __all__ = ["Device", "DEVICES", "BlockPlan", "Plan", "plan"]
 
@@ -814,7 +816,8 @@ def _plan_step(
     roofline.block = storages.block = plan.blocks[0]  # what the step begins with
     gc.collect()
     try:
-        with storages, roofline, saved:
+        # a device's step calls the fused operators, a host's the plain modules
+        with nullcontext() if device.memory is None else as_on_gpu(), storages, roofline, saved:
             engine.step(batch)
     finally:
         for hook in hooks:
