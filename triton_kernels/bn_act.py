@@ -49,14 +49,17 @@ def config(outer: int, channels: int, inner: int, single: bool, bits: bool = Fal
         bits: tiles are at least 8 rows high, as a byte of the mask is.
         programs: how many are wanted where one does not take whole channels.
     """
+    wanted = 4096 if single and outer * inner >= 16384 else 2048
+    low = 8 if bits else 1
     if inner == 1:
         block_s, block_c = 1, min(triton.next_power_of_2(channels), 16 if single else 64)
     else:
-        widths = [min(triton.next_power_of_2(inner), width) for width in (256, 128, 64)]
-        block_s = min(widths, key=lambda width: (triton.cdiv(inner, width) * width, -width))  # least padding
+        widths = [w for w in (1024, 512, 256, 128, 64) if w * low <= wanted]
+        widths = [min(w, triton.next_power_of_2(inner)) for w in widths]
+        padding = [triton.cdiv(inner, w) * w - inner for w in widths]
+        # The widest that wastes less than an eighth; where all waste more, the least.
+        block_s = next((w for w, p in zip(widths, padding) if p * 8 <= inner), widths[padding.index(min(padding))])
         block_c = min(triton.next_power_of_2(channels), max(1, 32 // block_s))
-    wanted = 4096 if single and outer * inner * block_c >= 16384 else 2048
-    low = 8 if bits else 1
     block_a = max(low, min(triton.next_power_of_2(outer), wanted // (block_c * block_s)))
     warps = max(1, min(16, block_a * block_c * block_s // 256))
     if single:
