@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlocal.triton_kernels import configs
+
 # Left to itself, ptxas spills a register or two here to fit one block more; two of 256 threads are enough.
 OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
 
@@ -432,7 +434,13 @@ def launch(
     rows, channels, positions = x.shape
     classes = weight.shape[0]
     need_x, need_weight, need_bias = needs
-    cfg = config(channels, positions, classes, x.stride(1) == 1 and positions > 1)
+    last = x.stride(1) == 1 and positions > 1
+    key = dict(
+        channels=channels, positions=positions, classes=classes, layout="channels_last" if last else "contiguous"
+    )
+    default = config(channels, positions, classes, last)
+    cfg = configs.tuned("pool_linear_cross_entropy", x.device, key, default)
+    cfg = cfg._replace(block_k=default.block_k)  # a row is one block
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)

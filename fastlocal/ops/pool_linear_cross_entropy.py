@@ -12,16 +12,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
 from fastlocal.ops._seed import is_one
+from fastlocal.ops.bn_act import bn_act
 from fastlocal.reference.pool_linear_cross_entropy import (
     POOLS,
     closed_form,
     expand_gradient,
+    norm_input,
     pooled_dims,
     positions,
     wide_dtype,
@@ -57,6 +59,7 @@ def pool_linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     class_weight: Tensor | None = None,
+    norm: nn.Module | None = None,
     dense_grad: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,6 +74,8 @@ def pool_linear_cross_entropy(
         label_smoothing: in [0, 1].
         ignore_index: rows with this class index count neither in the loss nor in `correct`.
         class_weight: [K] or None, as `weight` of F.cross_entropy, any of the dtypes that fit (no gradient).
+        norm: a BatchNorm1d between pool and linear, in training (its statistics updated as by calling it) or not. By
+            `bn_act`, which calls what it cannot fuse: any module [N, C] -> [N, C] will do, and has its own gradients.
         dense_grad: give the gradient of a mean as a tensor in the layout of x, where whoever reads it would copy a view.
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
@@ -86,6 +91,8 @@ def pool_linear_cross_entropy(
         BackendError: `impl` cannot serve the call.
     """
     _check(x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, impl)
+    if norm is not None:
+        x, pool, dense_grad = _normed(_pooled(x, pool, dense_grad), norm, impl), "none", False
     options = (pool, label_smoothing, ignore_index)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -104,10 +111,11 @@ def pool_linear_cross_entropy_value_and_grad(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     class_weight: Tensor | None = None,
+    norm: nn.Module | None = None,
     dense_grad: bool = False,
     grad_scale: float = 1.0,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """The same with its gradients, without autograd.
 
     Args:
@@ -116,12 +124,18 @@ def pool_linear_cross_entropy_value_and_grad(
 
     Returns:
         loss [], correct [], grad_x (x.shape and x.dtype; of a mean a stride-0 view unless `dense_grad`: do not write
-        to it), grad_weight [K, C] and grad_bias [K] (None without a bias), each in the dtype of its parameter.
+        to it), grad_weight [K, C] and grad_bias [K] (None without a bias), each in the dtype of its parameter. With a
+        norm also the gradients of those of its parameters that require one, in the order of `norm.parameters()`.
 
     Raises:
         As `pool_linear_cross_entropy`.
     """
     _check(x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, impl)
+    if norm is not None:
+        return _normed_value_and_grad(
+            x, weight, bias, target, norm, pool, dense_grad, grad_scale, impl,
+            label_smoothing=label_smoothing, ignore_index=ignore_index, class_weight=class_weight,
+        )  # fmt: skip
     needs = [True, True, bias is not None]
     with torch.no_grad():
         loss, correct, grad_pooled, grad_weight, grad_bias = _operator(
@@ -171,6 +185,59 @@ class _Function(torch.autograd.Function):
         grad_x = _gradient(next(left), ctx.shape, ctx.pool, ctx.dtypes[0], ctx.memory_format) if needed[0] else None
         others = [next(left).to(dtype) if need else None for need, dtype in zip(needed[1:], ctx.dtypes[1:])]
         return grad_x, *others, *[None] * 7
+
+
+class _Mean(torch.autograd.Function):
+    """[N, C] in the dtype of the arithmetic; its gradient is a stride-0 view where autograd's would be dense."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: str, dense_grad: bool) -> Tensor:
+        ctx.shape, ctx.pool, ctx.dtype, ctx.count = x.shape, pool, x.dtype, positions(x, pool)
+        ctx.memory_format = _memory_format(x) if dense_grad else None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if x.device.type == "cpu" and x.dtype != wide:
+            return _sum(x, pooled_dims(x, pool), wide).div_(ctx.count)
+        return x.mean(pooled_dims(x, pool), dtype=wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _gradient(grads[0] / ctx.count, ctx.shape, ctx.pool, ctx.dtype, ctx.memory_format), None, None
+
+
+def _pooled(x: Tensor, pool: str, dense_grad: bool) -> Tensor:
+    if pool in ("cls", "none"):
+        return (x[:, 0] if pool == "cls" else x).to(torch.promote_types(x.dtype, torch.float32))
+    return _Mean.apply(x, pool, dense_grad)
+
+
+def _normed(pooled: Tensor, norm: nn.Module, impl: str | None) -> Tensor:
+    return bn_act(norm_input(pooled, norm), norm, act="none", impl=impl)
+
+
+def _normed_value_and_grad(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    norm: nn.Module,
+    pool: str,
+    dense_grad: bool,
+    grad_scale: float,
+    impl: str | None,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """The norm has its gradients from autograd, from that of its output on."""
+    parameters = [p for p in norm.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        pooled = _pooled(leaf, pool, dense_grad)
+        normed = _normed(pooled, norm, impl)
+    loss, correct, grad, grad_weight, grad_bias = pool_linear_cross_entropy_value_and_grad(
+        normed.detach(), weight, bias, target, pool="none", grad_scale=grad_scale, impl=impl, **options
+    )
+    grad_x, *others = torch.autograd.grad(normed, [leaf, *parameters], grad)
+    return loss, correct, grad_x, grad_weight, grad_bias, *others
 
 
 def _gradient(

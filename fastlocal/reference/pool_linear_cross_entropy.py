@@ -1,6 +1,6 @@
 """Pool, linear layer and softmax cross-entropy: the specification of the smallest auxiliary head.
 
-    pooled = mean of x over positions     logits = pooled W^T + b     loss = mean of CE over the rows that count
+    pooled = mean of x over positions     logits = norm(pooled) W^T + b     loss = mean of CE over the rows that count
 
 Everything after the pool is computed in at least float32, whatever the dtype of the features and the parameters.
 A mean over no rows (an empty batch, or every target ignored) is nan with zero gradients, as in
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlocal.errors import ArgumentError
 
@@ -68,6 +68,12 @@ def expand_gradient(grad_pooled: Tensor, shape: torch.Size, pool: str, dtype: to
     return grad_pooled[(...,) + (None,) * (len(shape) - 2)].expand(shape)
 
 
+def norm_input(pooled: Tensor, norm: nn.Module) -> Tensor:
+    """What a norm is given: the pooled features, in its own dtype where that is a half precision."""
+    weight = getattr(norm, "weight", None)
+    return pooled.to(weight.dtype) if weight is not None and weight.dtype.itemsize == 2 else pooled
+
+
 def count_correct(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """How many rows the largest logit gets right, int64 []; ignored rows are never right."""
     guess = logits.argmax(1)
@@ -86,6 +92,7 @@ def pool_linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     class_weight: Tensor | None = None,
+    norm: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and number of correct rows, differentiable to any order.
 
@@ -96,12 +103,16 @@ def pool_linear_cross_entropy(
         target: class indices, int64 [N], or probabilities, floating [N, K].
         class_weight: [K], the `weight` of `torch.nn.functional.cross_entropy`: the terms of a class count so often. With
             class indices the mean is over the weights of the targets, with probabilities over the rows.
+        norm: a module [N, C] -> [N, C] between pool and linear, such as a BatchNorm1d, called once.
 
     Returns:
         loss [] (float64 for float64 input, else float32) and correct [] (int64).
     """
     wide = wide_dtype(x, weight)
-    logits = F.linear(pool_features(x, pool, wide), weight.to(wide), None if bias is None else bias.to(wide))
+    pooled = pool_features(x, pool, wide)
+    if norm is not None:
+        pooled = norm(norm_input(pooled, norm)).to(wide)
+    logits = F.linear(pooled, weight.to(wide), None if bias is None else bias.to(wide))
     loss = _loss(logits, target, label_smoothing, ignore_index, class_weight)
     return loss, count_correct(logits, target, ignore_index)
 

@@ -1,16 +1,20 @@
 import contextlib
+import copy
 import itertools
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlocal import ops, reference
+from fastlocal.blocks.measure import LaunchCounter
 from fastlocal.errors import ArgumentError, BackendError
 from fastlocal.ops import pool_linear_cross_entropy, pool_linear_cross_entropy_value_and_grad
 from fastlocal.ops._seed import ones
+from fastlocal.reference.pool_linear_cross_entropy import pooled_dims
 from tests.ops.cases import ALL, assert_within_error_rule, check, make, rival, to_double
 
 IMPLS = ("aten", "reference")
@@ -265,6 +269,122 @@ def test_class_that_does_not_exist_among_many(small_chunks):
         args[3][1] = bad
         with pytest.raises(IndexError, match="out of bounds"):
             pool_linear_cross_entropy(*args, impl="aten")
+
+
+def normed(norm, args, pool, options):
+    """What a user writes with a norm: loss, and the gradients of x, weight, bias and the norm's parameters."""
+    x, weight, bias = (t.detach().clone().requires_grad_() for t in args[:3])
+    pooled = x[:, 0] if pool == "cls" else x.mean(pooled_dims(x, pool)) if pool != "none" else x
+    each = options.get("class_weight")
+    rest = {k: v for k, v in options.items() if k != "class_weight"}
+    loss = F.cross_entropy(
+        F.linear(norm(pooled), weight, bias), args[3], None if each is None else each.to(x.dtype), **rest
+    )
+    return loss.detach(), *torch.autograd.grad(loss, [x, weight, bias, *norm.parameters()])
+
+
+def batch_norm(channels, dtype=torch.float32):
+    norm = nn.BatchNorm1d(channels).to(dtype)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.uniform_(-1, 1)
+    return norm
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize(
+    "pool, shape", [("mean", (31, 7, 3, 3)), ("tokens", (31, 4, 7)), ("cls", (31, 4, 7)), ("none", (31, 7))]
+)
+def test_norm(pool, shape, impl):
+    for dtype, kind, training in itertools.product(
+        [torch.float32, torch.bfloat16], ["smoothed", "weighted"], [True, False]
+    ):
+        args, options = make(31, 7, (), 5, kind=kind, dtype=dtype)
+        args = (torch.randn(shape).to(dtype), *args[1:])
+        norms = [batch_norm(7, dtype).train(training)]
+        norms += [copy.deepcopy(norms[0]) for _ in range(3)]
+        truth = normed(norms[1].double(), to_double(args), pool, options)
+        same = normed(norms[2], args, pool, options)
+        leaves = [t.clone().requires_grad_() for t in args[:3]]
+        loss, correct = pool_linear_cross_entropy(*leaves, args[3], pool=pool, norm=norms[0], impl=impl, **options)
+        grads = torch.autograd.grad(loss, [*leaves, *norms[0].parameters()])
+        value = pool_linear_cross_entropy_value_and_grad(*args, pool=pool, norm=norms[3], impl=impl, **options)
+        assert torch.equal(value[0], loss) and torch.equal(value[1], correct) and len(value) == 7
+        for got in (grads, value[2:]):
+            for i, (g, s, t) in enumerate(zip((loss.detach(), *got), same, truth)):
+                assert_within_error_rule(g, s, t, f"{pool} {dtype} {kind} {i}", terms=t.abs().max().item() + 1)
+        assert grads[0].dtype == dtype and (pool not in ("mean", "tokens") or 0 in grads[0].stride())
+        tolerance = dict(rtol=2e-2, atol=1e-3) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+        for buffers in zip(*(n.buffers() for n in norms)):
+            for buffer in (buffers[0], buffers[3]):
+                assert buffer.dtype == buffers[2].dtype
+                torch.testing.assert_close(buffer, buffers[2], **tolerance)
+
+
+def test_norm_in_the_specification_and_gradcheck():
+    args, options = make(6, 3, (2, 2), 4, kind="weighted", dtype=torch.float64)
+    norm = batch_norm(3, torch.float64)
+    leaves = [t.requires_grad_() for t in (*args[:3], *norm.parameters())]
+
+    def loss(*leaves):
+        return pool_linear_cross_entropy(*leaves[:3], args[3], norm=norm, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    theirs = reference.pool_linear_cross_entropy(*args, norm=norm, **options)
+    for got, want in zip(pool_linear_cross_entropy(*args, norm=norm, **options), theirs):
+        torch.testing.assert_close(got, want)
+    got = pool_linear_cross_entropy_value_and_grad(*args, norm=norm, grad_scale=8.0, **options)[2:]
+    for a, b in zip(got, torch.autograd.grad(theirs[0] * 8, leaves)):
+        torch.testing.assert_close(a, b)
+
+
+def test_any_module_is_a_norm():
+    """Hooks are called, a norm without parameters or that is frozen has no gradients, and another module is called."""
+    args, _ = make(6, 5, (3, 3), 4)
+    seen = []
+    norm = nn.BatchNorm1d(5, affine=False, momentum=None)
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    frozen = nn.BatchNorm1d(5).requires_grad_(False)
+    for module in (norm, frozen, nn.LayerNorm(5)):
+        twin = copy.deepcopy(module)
+        got = pool_linear_cross_entropy_value_and_grad(*args, norm=module, dense_grad=True)
+        assert len(got) == (7 if isinstance(module, nn.LayerNorm) else 5) and got[2].is_contiguous()
+        x, weight, bias = (t.clone().requires_grad_() for t in args[:3])
+        want = F.cross_entropy(F.linear(twin(x.mean((2, 3))), weight, bias), args[3])
+        inputs = [x, weight, bias, *(p for p in twin.parameters() if p.requires_grad)]
+        for a, b in zip((got[0], *got[2:]), (want, *torch.autograd.grad(want, inputs))):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert seen and norm.num_batches_tracked == 1
+
+
+def test_launches_with_a_norm():
+    """On a device: mean, norm and its counter, rows, sums; back, weight gradient in front, norm and the division."""
+    args, norm = make(6, 5, (3, 3), 4)[0], batch_norm(5)
+    leaves = [t.requires_grad_() for t in args[:3]]
+    with ops._dispatch.as_on_gpu(), LaunchCounter() as counter:
+        x = leaves[0].view(6, 5, 3, 3)
+        loss, _ = pool_linear_cross_entropy(x, *leaves[1:], args[3], norm=norm)
+        seed = ones(loss)
+        grads = torch.autograd.grad(loss, [x, *leaves[1:], *norm.parameters()], seed)
+    assert 0 in grads[0].stride()
+    assert counter.by_op == {
+        "aten::mean": 1, "fastlocal::bn_act_forward": 1, "aten::add_": 1, "fastlocal::pool_linear_cross_entropy": 3,
+        "aten::ones_like": 1, "fastlocal::bn_act_backward": 1, "aten::div": 1,
+    }  # fmt: skip
+
+
+def test_norm_compiles():
+    args, norm = make(6, 5, (3, 3), 4)[0], batch_norm(5)
+    leaves = [t.requires_grad_() for t in args[:3]]
+
+    def loss_of(x, weight, bias, target):
+        return pool_linear_cross_entropy(x.relu(), weight, bias, target, norm=norm)[0]
+
+    want = torch.autograd.grad(loss_of(*args), [*leaves, *norm.parameters()])
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*args), [*leaves, *norm.parameters()]), want):
+        torch.testing.assert_close(a, b)
+    assert norm.num_batches_tracked == 2
 
 
 def test_class_weights_are_those_of_cross_entropy():

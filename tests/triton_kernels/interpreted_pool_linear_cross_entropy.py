@@ -1,5 +1,6 @@
 """The kernels on the CPU, in Triton's interpreter; run by test_pool_linear_cross_entropy.py with TRITON_INTERPRET=1."""
 
+import copy
 import os
 import sys
 
@@ -256,6 +257,18 @@ def test_edges_by_chunks(small_chunks):
     weight, target = torch.randn(5, 1300).t(), torch.rand(1300, 3).t()
     for wanted in (target, torch.randint(1300, (6,))[::2]):
         check(triton, (args[0], weight, torch.randn(1300), wanted), class_weight=each)
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "weighted probabilities"])
+def test_norm(kind, route):
+    """The norm's kernels and these, one after the other."""
+    args, options = make(7, 6, (3, 3), 5, kind=kind)
+    norm = torch.nn.BatchNorm1d(6)
+    twin = copy.deepcopy(norm)
+    got = triton(*args, norm=norm, **options)
+    want = pool_linear_cross_entropy_value_and_grad(*args, norm=twin, impl="reference", **options)
+    for a, b in zip((*got, *norm.buffers()), (*want, *twin.buffers()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_one_class():
