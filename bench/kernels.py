@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlocal.bench import operators
-from fastlocal.bench.operators import Case, Head, Norm, NormConv, Pairs, Update
+from fastlocal.bench.operators import Case, Head, Loss, Norm, NormConv, Pairs, Update
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,6 +57,10 @@ def cases() -> tuple[Case, ...]:
         Update("ema_update_", "block"),
         Pairs("supervised_contrastive_loss", 128, 128),
         Pairs("similarity_matching_loss", 128, 64),
+        Loss("goodness_loss", 128, 64, 8),
+        Loss("class_goodness_cross_entropy", 128, 160, 8),
+        Loss("norm_linear_cross_entropy", 128, 512),
+        Loss("reconstruction_loss", 128, 3, 32),
     )
 
 

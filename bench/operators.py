@@ -525,6 +525,68 @@ class Pairs(Case):
         return (*inputs, *self._more()), {}
 
 
+@dataclass(frozen=True)
+class Loss(Case):
+    """The losses in closed form of [rows, dim, side, side]: goodness, class goodness by groups of channels, a cosine head
+    of 10 classes, and reconstruction."""
+
+    operator: str
+    rows: int
+    dim: int
+    side: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> str:
+        return f"{self.rows}x{self.dim}" + (f"x{self.side}x{self.side}" if self.side > 1 else "")
+
+    def inputs(self, device: str) -> Inputs:
+        shape = (self.rows, self.dim, self.side, self.side) if self.side > 1 else (self.rows, self.dim)
+        x = _leaf(torch.randn(*shape, device=device).to(self.dtype))
+        classes = torch.randint(10, (self.rows,), device=device)
+        if self.operator == "goodness_loss":
+            return x, classes < 5
+        if self.operator == "reconstruction_loss":
+            return x, torch.rand(*shape, device=device).to(self.dtype)
+        if self.operator == "class_goodness_cross_entropy":
+            return x, None, None, classes
+        return x, _leaf(torch.randn(10, self.dim, device=device).to(self.dtype)), classes
+
+    def must_move(self) -> int:
+        """Features and their gradient; a reconstruction also reads the image."""
+        maps = 3 if self.operator == "reconstruction_loss" else 2
+        return maps * self.rows * self.dim * self.side**2 * self.dtype.itemsize
+
+    def _options(self) -> dict[str, Any]:
+        cosine = {"scale": 10.0, "normalize_weight": True}
+        return {"class_goodness_cross_entropy": {"num_classes": 10}, "norm_linear_cross_entropy": cosine}.get(
+            self.operator, {}
+        )
+
+    def ours(self, impl: str | None = None) -> Call:
+        function = getattr(fl.ops, self.operator + "_value_and_grad")
+        first_gradient = 1 if self.operator == "reconstruction_loss" else 2
+
+        def call(*inputs: Any) -> Any:
+            plain = [t.detach() if _trained(t) else t for t in inputs]
+            got = function(*plain, **self._options(), impl=impl)
+            return got[0], *got[first_gradient:]
+
+        return call
+
+    def rivals(self, compiled: Compile) -> dict[str, Variant]:
+        plain = getattr(fl.reference, self.operator)
+
+        def loss(*inputs: Any) -> Tensor:
+            value = plain(*inputs, **self._options())
+            return value if isinstance(value, Tensor) else value[0]
+
+        return _with_compiled(loss, _loss_and_gradients, compiled)
+
+    def arguments(self, inputs: Inputs) -> tuple[Inputs, dict[str, Any]]:
+        return inputs, self._options()
+
+
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 _LOW: dict[str, Any] = dict(dtype=torch.bfloat16, channels_last=True)
@@ -564,6 +626,10 @@ def cases() -> tuple[Case, ...]:
         Pairs("supervised_contrastive_loss", 1024, 128),
         Pairs("similarity_matching_loss", 128, 256),
         Pairs("similarity_matching_loss", 1024, 16, 32),
+        Loss("goodness_loss", 128, 64, 8),
+        Loss("class_goodness_cross_entropy", 128, 160, 8),
+        Loss("norm_linear_cross_entropy", 128, 512),
+        Loss("reconstruction_loss", 128, 3, 32),
     )
 
 
@@ -583,6 +649,10 @@ def tiny_cases() -> tuple[Case, ...]:
         Update("ema_update_", "block"),
         Pairs("supervised_contrastive_loss", 40, 5),
         Pairs("similarity_matching_loss", 6, 5, 2),
+        Loss("goodness_loss", 6, 5, 2),
+        Loss("class_goodness_cross_entropy", 6, 20, 2),
+        Loss("norm_linear_cross_entropy", 6, 5),
+        Loss("reconstruction_loss", 6, 3, 2),
     )
 
 

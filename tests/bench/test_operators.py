@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastlocal as fl
 from fastlocal.bench import operators
 from fastlocal.bench.device import Cpu
 
@@ -51,6 +52,10 @@ def test_bytes_that_must_move() -> None:
         update = operators.Update(operator, "block")
         assert update.must_move() == reads_and_writes * size(update.inputs("cpu")[0])
     assert operators.Update("fused_sgd_", "block", average=True).must_move() == 7 * size(update.inputs("cpu")[0])
+
+
+def test_every_operator_has_a_case() -> None:
+    assert {c.operator for c in CASES} == {n for n in fl.ops._dispatch._operators}
 
 
 def test_real_and_tiny_cases_are_of_the_same_operators() -> None:
