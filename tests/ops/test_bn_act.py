@@ -1,6 +1,7 @@
 import copy
 import itertools
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import fastlocal as fl
 from fastlocal import ops, reference
+from fastlocal.blocks.measure import LaunchCounter, SavedBytes
 from fastlocal.errors import ArgumentError, BackendError
 from fastlocal.ops import bn_act
+from fastlocal.ops._dispatch import as_on_gpu
+from tests.ops import norms
 from tests.ops.cases import assert_within_error_rule
 
 MODULE = sys.modules["fastlocal.ops.bn_act"]
@@ -610,3 +614,214 @@ def test_hooks_on_norms_of_a_network_fire():
         norm.register_forward_hook(lambda module, args, out, i=i: seen.append(i))
     net(layout(torch.randn(2, 3, 32, 32)))
     assert seen == [0, 1, 2]
+
+
+# --- the operators in ATen's arithmetic -------------------------------------------------------------------------------
+
+OPTIONS = [
+    dict(act=act, residual=residual, slope=slope)
+    for (act, slope), residual in itertools.product(
+        [("relu", 0.0), ("leaky_relu", 0.2), ("leaky_relu", -0.5), ("none", 0.0)], [None, "plain", "norm"]
+    )
+]
+aten = partial(bn_act, impl="aten")
+masked = partial(bn_act, impl="aten", save="mask")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape, last",
+    [
+        ((31, 17), False),
+        ((5, 7, 6, 6), False),
+        ((5, 7, 6, 6), True),
+        ((4, 6, 5), False),
+        ((3, 4, 2, 3, 4), True),
+        ((2, 3, 1, 1), True),
+    ],
+)
+def test_aten_error_rule(shape, last, dtype):
+    for options in OPTIONS:
+        case = norms.make(shape, dtype, last=last, **options)
+        got = case.check(aten)
+        for name, value in case.steep_apart().run(masked).items():
+            torch.testing.assert_close(value, got[name], msg=f"{name} with a mask")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_in_half_precision(dtype):
+    norms.make((5, 7, 6, 6), dtype, residual="norm", norm_dtype=dtype).check(aten)
+
+
+@pytest.mark.parametrize("save", ["residual", "mask"])
+@pytest.mark.parametrize("options", OPTIONS[:6] + OPTIONS[9:], ids=str)
+def test_gradcheck(options, save):
+    for shape, last in (((3, 2, 2, 3), False), ((3, 2, 2, 3), True), ((11, 2), False)):
+        case = norms.make(shape, torch.float64, last=last, norm_dtype=torch.float64, **options)
+        leaves = [case.x, case.norm.weight, case.norm.bias]
+        leaves += [case.residual] if case.residual is not None else []
+        leaves += [case.second.weight, case.second.bias] if case.second is not None else []
+
+        def call(x, weight, bias, residual=None, weight2=None, bias2=None, case=case):
+            case.norm._parameters |= dict(weight=weight, bias=bias)
+            if case.second is not None:
+                case.second._parameters |= dict(weight=weight2, bias=bias2)
+            return case.call(partial(bn_act, impl="aten", save=save), x, residual)
+
+        assert torch.autograd.gradcheck(call, [t.detach().clone().requires_grad_() for t in leaves])
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
+def test_aten_partial_gradients(needs):
+    for residual, act in (("norm", "relu"), ("plain", "none"), ("norm", "none")):
+        case = norms.make((6, 5, 3, 3), residual=residual, act=act)
+        full = case.run(aten)
+        flags = (*needs, needs[0], needs[1])
+        names = ("dx", "dresidual", "dweight", "dbias", "dweight2", "dbias2")
+        wanted = {name for name, need in zip(names, flags) if need and name in full}
+        got = case.run(aten, flags)
+        assert {name for name in got if name.startswith("d")} == wanted
+        for name, value in got.items():
+            torch.testing.assert_close(value, full[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def kept(case, **options):
+    """Bytes kept for backward besides parameters and what comes in."""
+    state = [p for norm in (case.norm, case.second) if norm is not None for p in norm.parameters()]
+    with as_on_gpu(), SavedBytes([*state, case.x, *([] if case.residual is None else [case.residual])]) as saved:
+        y = case.call(partial(bn_act, **options), case.x.requires_grad_(), case.residual)
+    assert y.grad_fn.name().startswith("_Function")
+    return saved.current
+
+
+def test_saved_bytes():
+    """Statistics only: input and residual live anyway. With a mask a bit for each element, and not the residual."""
+    for options in OPTIONS:
+        case = norms.make((17, 5, 3, 4), **options)
+        assert kept(case) == 4 * 5 * (4 if options["residual"] == "norm" else 2)
+    case = norms.make((17, 5, 3, 4), residual="plain")
+    assert kept(case, save="mask") == 4 * 5 * 2 + 3 * 5 * 12
+    with as_on_gpu(), SavedBytes([*case.norm.parameters(), case.x]) as saved:
+        y = bn_act(case.x, case.norm, case.residual + 0, save="mask")  # a residual that nobody else keeps
+    assert saved.current == 4 * 5 * 2 + 3 * 5 * 12 and y.requires_grad
+    with as_on_gpu(), SavedBytes([*case.norm.parameters(), case.x]) as saved:
+        y = bn_act(case.x, case.norm, case.residual + 0, act="none", save="mask")  # no activation, nothing to tell
+    assert saved.current == 4 * 5 * 2
+
+
+def test_the_gradient_that_comes_in_is_left_alone():
+    """An addition hands the same tensor to both of its operands."""
+    for residual, act in ((None, "none"), ("plain", "none"), ("plain", "relu"), ("norm", "none")):
+        case = norms.make((6, 5, 3, 3), residual=residual, act=act)
+        before = case.dy.clone()
+        case.run(aten)
+        assert torch.equal(case.dy, before)
+        x, other = case.x.clone().requires_grad_(), torch.zeros_like(case.x, requires_grad=True)
+        (case.call(aten, x, case.residual) + other).backward(case.dy)
+        assert torch.equal(other.grad, before)
+
+
+@pytest.mark.parametrize("shape, last", [((5, 7, 6, 6), False), ((5, 7, 6, 6), True), ((31, 17), False)])
+def test_evaluation(shape, last):
+    for options in OPTIONS:
+        case = norms.make(shape, last=last, **options)
+        for norm in (case.norm, case.second):
+            if norm is not None:
+                norm.eval()
+        assert ops.explain(bn_act, case.x, case.norm).chosen == "reference"
+        with pytest.raises(BackendError, match="gradients are recorded"):
+            case.call(aten, case.x, case.residual)
+        before = copy.deepcopy(case.norm.state_dict())
+        with torch.no_grad(), as_on_gpu(), LaunchCounter() as counter:
+            got = case.call(bn_act, case.x, case.residual)
+        torch.testing.assert_close(got, case.call(reference.bn_act, case.x, case.residual).detach())
+        assert counter.by_op == {"fastlocal::bn_act_eval": 1} and got.stride() == case.x.stride()
+        assert all(torch.equal(value, case.norm.state_dict()[name]) for name, value in before.items())
+    if len(shape) == 4:
+        case.second = nn.BatchNorm2d(7)
+        with torch.no_grad():
+            misfit = ops.explain(bn_act, case.x, case.norm, case.x, residual_norm=case.second)
+        assert "one norm is in training" in dict(misfit.rejected)["aten"]
+
+
+@pytest.mark.parametrize(
+    "shape, last, dtype, act, residual, mask",
+    [
+        ((4, 5, 3, 3), False, torch.float32, "relu", None, False),
+        ((9, 5, 3, 3), True, torch.bfloat16, "leaky_relu", "plain", True),
+        ((4, 5, 3, 3), False, torch.float32, "none", "norm", False),
+    ],
+)
+def test_aten_opcheck(shape, last, dtype, act, residual, mask):
+    case = norms.make(shape, dtype, last=last, residual=residual)
+    weight, bias = (p.detach().clone() for p in case.norm.parameters())
+    second = [None] * 4
+    if case.second is not None:
+        second = [p.detach() for p in case.second.parameters()] + [case.second.running_mean, case.second.running_var]
+    statistics = [case.norm.running_mean, case.norm.running_var]
+    inputs = (case.x, case.residual, weight, bias, *statistics, 0.1, 1e-5, *second, 0.1, 1e-5, act, 0.1, mask, "aten")
+    torch.library.opcheck(MODULE._forward, inputs)
+    _, stats, bits = MODULE._forward(*inputs)
+    saved = (None if mask else case.residual, None, bits if mask else None)
+    for need_x, need_residual in ((True, residual is not None), (False, False)):
+        flags = (act, 0.1, need_x, need_residual, "aten")
+        torch.library.opcheck(MODULE._backward, (case.dy, case.x, *saved, weight, bias, *second[:2], stats, *flags))
+    for again in (True, False):
+        arguments = (case.dy.clone(), case.x, weight, bias, stats[:2].clone(), act, 0.1, again, "aten")
+        torch.library.opcheck(MODULE._backward_, arguments)
+    folded = (case.x, case.residual, weight, bias, *statistics, 1e-5, *second, 1e-5, act, 0.1, "aten")
+    torch.library.opcheck(MODULE._eval, folded)
+
+
+@pytest.mark.parametrize("residual, save", [("plain", "residual"), ("plain", "mask"), ("norm", "residual")])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_whole(backend, residual, save):
+    case = norms.make((9, 5, 3, 3), residual=residual)
+    want = case.run(partial(bn_act, impl="aten", save=save))
+
+    def whole(x, norm, residual, **options):
+        function = torch.compile(
+            lambda x, r: bn_act(x * 1, norm, r, save=save, **options) * 1, backend=backend, fullgraph=True
+        )
+        return function(x, residual)
+
+    for name, value in case.run(whole).items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_arguments():
+    x, norm, residual, _ = make((4, 6, 5, 5))
+    with pytest.raises(ArgumentError, match=r"act='rellu' is not an activation.*relu"):
+        bn_act(x, norm, act="rellu")
+    with pytest.raises(ArgumentError, match="save='bits' is not one of"):
+        bn_act(x, norm, residual, save="bits")
+    with pytest.raises(ArgumentError, match="residual_norm normalises the residual"):
+        bn_act(x, norm, residual_norm=norm)
+
+
+@needs_native
+def test_what_native_does_not_do_is_left_to_the_modules():
+    x, norm, residual, _ = make((4, 6, 5, 5))
+    for options in (dict(act="leaky_relu"), dict(residual_norm=copy.deepcopy(norm)), dict(save="mask")):
+        choice = ops.explain(bn_act, x, norm, residual, **options)
+        assert choice.chosen == "reference" and "it has no" in dict(choice.rejected)["native"]
+    own, twin = copy.deepcopy(norm), copy.deepcopy(norm)
+    got = bn_act(x, copy.deepcopy(norm), residual, residual_norm=own)
+    torch.testing.assert_close(got, (copy.deepcopy(norm)(x) + twin(residual)).relu())
+    assert torch.equal(own.running_mean, twin.running_mean)
+
+
+def test_a_misfit_of_the_second_norm():
+    x, norm, residual, _ = make((4, 6, 5, 5))
+    second = with_hook(copy.deepcopy(norm), "register_forward_hook")
+    assert "hooks" in dict(ops.explain(bn_act, x, norm, residual, residual_norm=second).rejected)["aten"]
+    with as_on_gpu():
+        got = bn_act(x, copy.deepcopy(norm), residual, residual_norm=copy.deepcopy(second))
+    torch.testing.assert_close(got, (copy.deepcopy(norm)(x) + copy.deepcopy(norm)(residual)).relu())
+
+
+def test_the_input_is_not_changed_by_modules_that_return_it():
+    x = torch.randn(4, 6)
+    before = x.clone()
+    assert torch.equal(bn_act(x, nn.Identity()), x.relu()) and torch.equal(x, before)
+    assert torch.equal(bn_act(x, nn.Identity(), x), (x + x).relu()) and torch.equal(x, before)
