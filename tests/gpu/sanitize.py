@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fastlocal import ops, reference
+from fastlocal.bench import operators
 from fastlocal.errors import BackendError
 from fastlocal.ops import pool_linear_cross_entropy_value_and_grad as operator
 from fastlocal.reference import pool_linear_cross_entropy_value_and_grad as specification
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Rows, channels, side, classes, dtype, channels_last, target. 70 x 1000 weights go through cuBLAS.
+# Rows, channels, side, classes, dtype, channels_last, target. 70 x 1000 weights go through cuBLAS, 1300 classes in chunks.
 CASES = [
     (1, 3, 5, 2, torch.float32, False, "index"),
     (31, 17, 7, 10, torch.float32, True, "ignored"),
@@ -28,6 +29,10 @@ CASES = [
     (5, 65, 33, 10, torch.float32, False, "index"),
     (3, 70, 7, 1000, torch.float32, True, "index"),
     (33, 16, 9, 127, torch.bfloat16, True, "index"),
+    (5, 7, 3, 1300, torch.float32, False, "ignored"),
+    (5, 7, 1, 1300, torch.float32, False, "probabilities"),
+    (31, 17, 7, 10, torch.float32, False, "weighted"),
+    (3, 7, 3, 1300, torch.float16, True, "weighted"),
 ]
 
 
@@ -86,6 +91,39 @@ def update(name: str, dtype: torch.dtype, other: torch.dtype, full: bool) -> tup
     return out[0], out[1]
 
 
+# Cases of the benchmark's registry at ragged sizes: one launch and two, masks, both layouts. A new kernel joins here.
+OTHERS = operators.existing(
+    operators.Norm("bn_act", 5, 3, 7, residual=True),
+    operators.Norm("bn_act", 33, 3, 33, residual=True),
+    operators.Norm("bn_act", 5, 33, 7, residual=True, dtype=torch.float16, channels_last=True),
+    operators.Norm("bn_act", 33, 5, 33, dtype=torch.bfloat16, channels_last=True),
+    operators.Norm("bn_act", 5, 3, 7, residual=True, training=False),
+    operators.Norm("bn_act", 5, 33, 7, channels_last=True, training=False),
+    operators.Norm("bn_act_pool", 5, 3, 7, residual=True),
+    operators.Norm("bn_act_pool", 33, 3, 33, residual=True),
+    operators.Norm("bn_act_pool", 5, 33, 7, residual=True, dtype=torch.float16, channels_last=True),
+    operators.Norm("bn_act_pool", 33, 5, 33, dtype=torch.bfloat16, channels_last=True),
+    operators.NormConv(5, 3, 7),
+    operators.NormConv(33, 3, 33, channels_last=True),
+    operators.Pairs("supervised_contrastive_loss", 63, 31),
+    operators.Pairs("similarity_matching_loss", 63, 31),
+    operators.Loss("goodness_loss", 31, 63),
+    operators.Loss("class_goodness_cross_entropy", 31, 70, 3),
+    operators.Loss("norm_linear_cross_entropy", 31, 63),
+    operators.Loss("reconstruction_loss", 31, 3, 7),
+)
+
+
+def compared(case: operators.Case) -> float | None:
+    """How far an operator is from eager PyTorch in the same dtype, as a part of the norm; None if it has no kernel."""
+    torch.manual_seed(0)
+    inputs = case.inputs(DEVICE)
+    if case.explain(inputs, "triton") is None:
+        return None
+    eager = next(iter(case.rivals(lambda fn, mode=None: fn).values())).make()
+    return operators.disagreement(case.ours("triton")(*operators.copied(inputs)), eager(*operators.copied(inputs)))
+
+
 def main() -> int:
     """Returns 1 where a result is wrong. Prints how many launches were right."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -96,9 +134,12 @@ def main() -> int:
     for case in CASES:
         torch.manual_seed(0)
         args = inputs(*case)
-        truth = specification(*(t.double() if t.is_floating_point() else t for t in args))
+        each = torch.rand(case[3]) if case[6] == "weighted" else None
+        wide = (t.double() if t.is_floating_point() else t for t in args)
+        truth = specification(*wide, class_weight=None if each is None else each.double())
         try:
-            got = operator(*(t.to(DEVICE) for t in args), impl="triton")
+            each = None if each is None else each.to(DEVICE)
+            got = operator(*(t.to(DEVICE) for t in args), class_weight=each, impl="triton")
         except BackendError as error:
             print(f"{case}: not run: {error}")
             continue
@@ -123,7 +164,19 @@ def main() -> int:
             if not (g - t).norm() <= bound * t.norm():
                 wrong += 1
                 print(f"{case}: tensor {i} is off by {(g - t).norm():.3g} of {t.norm():.3g}")
-    print(f"{done} of {len(CASES) + len(UPDATES)} calls on {DEVICE}, {wrong} wrong results")
+    torch.backends.cudnn.allow_tf32 = (
+        False  # PyTorch's convolutions would be less exact than what they are compared with
+    )
+    total = len(CASES) + len(UPDATES)
+    for other in OTHERS:
+        off = compared(other)
+        if off is None:
+            continue
+        done, total = done + 1, total + 1
+        if not off <= (1e-4 if other.dtype == torch.float32 else 3e-2):
+            wrong += 1
+            print(f"{other.name}: off by {off:.3g}")
+    print(f"{done} of {total} calls on {DEVICE}, {wrong} wrong results")
     return int(wrong > 0 or done == 0)
 
 

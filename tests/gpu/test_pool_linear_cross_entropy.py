@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -11,19 +12,26 @@ from torch import Tensor
 
 from fastlocal import ops
 from fastlocal.ops import pool_linear_cross_entropy, pool_linear_cross_entropy_value_and_grad
-from fastlocal.ops.pool_linear_cross_entropy import COUNT_ROWS, FUSED_WEIGHT
+from fastlocal.ops.pool_linear_cross_entropy import COUNT_ROWS, FUSED_WEIGHT, MAX_CLASSES, chunk_classes
 from tests.gpu.device import DEVICE, INTERPRETED, MARKS, ON_CUDA, no_sync, peak_bytes
-from tests.ops.cases import TARGETS, check, make, rival, to_double
+from tests.ops.cases import ALL, check, make, rival, to_double
 from tests.ops.test_pool_linear_cross_entropy import poisoned, through_autograd, value_and_grad
 
 pytestmark = MARKS
 IMPL = "triton" if ON_CUDA or INTERPRETED else "aten"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FUSED, FROM_LOGITS = (16, 10), (70, 1000)  # channels and classes of the two routes
+FUSED, FROM_LOGITS, CHUNKS = (16, 10), (70, 1000), (6, 1300)  # channels and classes of the three routes
+ROUTES = [FUSED, FROM_LOGITS, CHUNKS]
 
 
 def on_device(args: Any) -> Any:
     return tuple(t if t is None else t.to(DEVICE) for t in args)
+
+
+def made(*sizes: Any, **options: Any) -> Any:
+    """Arguments and options, on the device."""
+    args, found = make(*sizes, **options)
+    return on_device(args), {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in found.items()}
 
 
 def served(dtype: torch.dtype) -> None:
@@ -35,7 +43,7 @@ def test_triton_is_chosen() -> None:
     args = on_device(make(4, 3, (2, 2), 5)[0])
     choice = ops.explain(pool_linear_cross_entropy, *args)
     assert choice.chosen == IMPL, str(choice)
-    assert FUSED[0] * FUSED[1] <= FUSED_WEIGHT < FROM_LOGITS[0] * FROM_LOGITS[1]
+    assert FUSED[0] * FUSED[1] <= FUSED_WEIGHT < FROM_LOGITS[0] * FROM_LOGITS[1] and CHUNKS[1] > MAX_CLASSES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,32 +52,31 @@ def test_triton_is_chosen() -> None:
 def test_ragged_sizes(side: int, classes: int, dtype: torch.dtype) -> None:
     served(dtype)
     channels = {1: 127, 7: 31, 32: 3}[side]
-    kinds = TARGETS if dtype == torch.float32 else ("smoothed", "probabilities")
+    kinds = ALL if dtype == torch.float32 else ("smoothed", "probabilities")
     for rows, kind in itertools.product([1, 31, 127] if not INTERPRETED else [3], kinds):
         last = rows == 31 and side > 1
-        args, options = make(rows, channels, (side, side), classes, kind=kind, dtype=dtype, channels_last=last)
-        check(value_and_grad(IMPL), on_device(args), f"{rows} rows, {kind}, channels_last={last}", **options)
+        args, options = made(rows, channels, (side, side), classes, kind=kind, dtype=dtype, channels_last=last)
+        check(value_and_grad(IMPL), args, f"{rows} rows, {kind}, channels_last={last}", **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels, classes", [FUSED, FROM_LOGITS])
+@pytest.mark.parametrize("channels, classes", ROUTES)
 def test_channels_last(channels: int, classes: int, dtype: torch.dtype) -> None:
     served(dtype)
-    args, options = make(9, channels, (8, 8), classes, kind="smoothed", dtype=dtype, channels_last=True)
-    args = on_device(args)
+    args, options = made(9, channels, (8, 8), classes, kind="smoothed", dtype=dtype, channels_last=True)
     assert args[0].is_contiguous(memory_format=torch.channels_last)
     for form in (value_and_grad(IMPL), through_autograd(IMPL)):
         check(form, args, **options)
 
 
-@pytest.mark.parametrize("pool", ["tokens", "none"])
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("pool", ["tokens", "cls", "none"])
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("bias", [True, False])
 def test_pools(pool: str, kind: str, bias: bool) -> None:
-    args, options = make(9, 7, (), 5, kind=kind, bias=bias)
-    if pool == "tokens":
-        args = (torch.randn(9, 6, 7), *args[1:])
-    check(value_and_grad(IMPL), on_device(args), pool=pool, **options)
+    args, options = made(9, 7, (), 5, kind=kind, bias=bias)
+    if pool in ("tokens", "cls"):
+        args = (torch.randn(9, 6, 7, device=DEVICE), *args[1:])
+    check(value_and_grad(IMPL), args, pool=pool, **options)
 
 
 def test_float32_parameters_with_half_precision_features() -> None:
@@ -82,11 +89,10 @@ def test_float32_parameters_with_half_precision_features() -> None:
         torch.testing.assert_close(g.double(), t, rtol=1e-2 if g.dtype == dtype else 1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("channels, classes", [FUSED, FROM_LOGITS])
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("channels, classes", ROUTES)
+@pytest.mark.parametrize("kind", ALL)
 def test_poisoned_memory(kind: str, channels: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    args, options = make(7, channels, (3, 3), classes, kind=kind)
-    args = on_device(args)
+    args, options = made(7, channels, (3, 3), classes, kind=kind)
     clean = pool_linear_cross_entropy_value_and_grad(*args, impl=IMPL, **options)
     with poisoned(monkeypatch):
         assert torch.empty(1, device=DEVICE).isnan()
@@ -96,7 +102,7 @@ def test_poisoned_memory(kind: str, channels: int, classes: int, monkeypatch: py
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-@pytest.mark.parametrize("channels, classes", [FUSED, FROM_LOGITS])
+@pytest.mark.parametrize("channels, classes", ROUTES)
 def test_no_row_counts(rows: int, channels: int, classes: int) -> None:
     args = on_device(make(rows, channels, (2, 2), classes)[0])
     args[3].fill_(-100)
@@ -116,13 +122,46 @@ def test_a_class_that_does_not_exist_gives_nan() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other, for minutes")
-def test_more_rows_than_a_program_counts() -> None:
-    args, options = make(COUNT_ROWS + 1, 3, (1, 1), 4, kind="ignored")
-    check(value_and_grad(IMPL), on_device(args), **options)
+@pytest.mark.parametrize("kind", ["ignored", "weighted"])
+def test_more_rows_than_a_program_counts(kind: str) -> None:
+    args, options = made(COUNT_ROWS + 1, 3, (1, 1), 4, kind=kind)
+    check(value_and_grad(IMPL), args, **options)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other, for minutes")
+@pytest.mark.parametrize("kind", ["smoothed", "weighted probabilities"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_classes(dtype: torch.dtype, kind: str) -> None:
+    """As many chunks as a large head has, and no more memory than they need."""
+    rows, channels, classes = (512, 256, 50_000) if ON_CUDA else (64, 8, 9000)
+    args, options = made(rows, channels, (), classes, kind=kind, dtype=dtype)
+    check(value_and_grad(IMPL), args, pool="none", **options)
+    chunk = chunk_classes(rows, classes)
+
+    def run() -> Any:
+        return pool_linear_cross_entropy_value_and_grad(*args, pool="none", impl=IMPL, **options)
+
+    run()
+    weight = 4 * classes * channels  # in float32: its gradient, and one chunk's part of it and of the weight
+    assert peak_bytes(run) < 2 * weight + 4 * rows * chunk * 4 + (64 << 20 if ON_CUDA else 1 << 20)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm(dtype: torch.dtype, training: bool) -> None:
+    served(dtype)
+    args, options = made(31, 16, (5, 5), 10, kind="weighted", dtype=dtype)
+    norm = torch.nn.BatchNorm1d(16).to(DEVICE).train(training)
+    twin = copy.deepcopy(norm)
+    x, *rest = args
+    got = pool_linear_cross_entropy_value_and_grad(x, *rest, norm=norm, **options)
+    want = pool_linear_cross_entropy_value_and_grad(x, *rest, norm=twin, impl="reference", **options)
+    for a, b in zip((*got, *norm.buffers()), (*want, *twin.buffers()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if a.dtype != torch.bfloat16 else 2e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels, classes", [FUSED, FROM_LOGITS])
+@pytest.mark.parametrize("channels, classes", ROUTES)
 def test_the_same_bits_every_time(channels: int, classes: int, dtype: torch.dtype) -> None:
     served(dtype)
     args = on_device(make(128 if ON_CUDA else 9, channels, (16, 16), classes, dtype=dtype)[0])
@@ -147,7 +186,7 @@ def test_no_gradient_of_the_features_in_memory() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels, classes", [FUSED, FROM_LOGITS])
+@pytest.mark.parametrize("channels, classes", ROUTES)
 @pytest.mark.parametrize("form", ["value and gradients", "autograd"])
 def test_cuda_graph_with_changed_inputs(form: str, channels: int, classes: int, dtype: torch.dtype) -> None:
     def run(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> list[Tensor]:
