@@ -29,7 +29,7 @@ ACTS = ("relu", "leaky_relu", "none")
 # Up to so many values per channel one Triton program has a channel for itself: statistics and means, in one launch.
 # Where channels lie side by side it must have several, and there are fewer programs.
 ONE_LAUNCH, ONE_LAUNCH_LAST = 32768, 2048
-_DIMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_DIMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 _library = torch.library.Library("fastlocal", "FRAGMENT")
 # The statistics are written in training only. What does not exist comes back as an empty tensor.
@@ -108,7 +108,7 @@ def _counter(norm: nn.Module) -> Tensor | None:
     if batches is None or (isinstance(batches, Tensor) and batches.device == norm.weight.device):
         return batches
     if norm.training:
-        batches.add_(1)
+        batches.add_(1)  # type: ignore[operator]
     return None
 
 

@@ -123,8 +123,8 @@ def check(args, impl, what="", act="relu", **options):
     share = dpooled.abs().max().item() / positions
     hat = (scale * largest + 1) / 0.5  # weights are at least 0.5
     terms = dict(pooled=scale * largest + z.abs().max().item(), dx=scale * share * hat, dresidual=scale * share * hat)
-    # A sample's positions share a gradient, so that partial sums grow as samples' do.
-    sums = len(x) ** 0.5 * share * positions
+    # A sample's positions share a gradient: partial sums grow as samples' do, and equal terms round in one direction.
+    sums = 4 * len(x) ** 0.5 * share * positions
     terms |= dict(dweight=sums + values**0.5 * share * hat, dbias=sums)
     terms |= dict(running_mean=largest, running_var=(2 * largest) ** 2 if norm.training else 0.0)
     assert got.keys() == truth.keys()
