@@ -32,7 +32,11 @@ from fastlocal.ops.bn_act_pool import backward_launches as _pool_backward_launch
 from fastlocal.ops.bn_act_pool import forward_launches as _pool_forward_launches
 from fastlocal.ops.fused_adamw import triton_launches as _adamw_launches
 from fastlocal.ops.fused_sgd import triton_launches as _sgd_launches
+from fastlocal.ops.goodness_loss import triton_backward_launches as _goodness_backward_launches
+from fastlocal.ops.goodness_loss import triton_launches as _goodness_launches
 from fastlocal.ops.pool_linear_cross_entropy import triton_launches as _head_launches
+from fastlocal.ops.reconstruction_loss import triton_backward_launches as _reconstruction_backward_launches
+from fastlocal.ops.reconstruction_loss import triton_launches as _reconstruction_launches
 from fastlocal.ops.similarity_matching_loss import launches as _similarity_launches
 from fastlocal.ops.supervised_contrastive_loss import launches as _contrastive_launches
 
@@ -100,7 +104,11 @@ _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] =
     "fastlocal::bn_act_pool_backward": _pool_backward_launches,
     "fastlocal::fused_adamw_": _adamw_launches,
     "fastlocal::fused_sgd_": _sgd_launches,
+    "fastlocal::goodness_loss": _goodness_launches,
+    "fastlocal::goodness_loss_backward": _goodness_backward_launches,
     "fastlocal::pool_linear_cross_entropy": _head_launches,
+    "fastlocal::reconstruction_loss": _reconstruction_launches,
+    "fastlocal::reconstruction_loss_backward": _reconstruction_backward_launches,
     "fastlocal::similarity_matching_loss": _similarity_launches,  # no kernels of their own: ATen's
     "fastlocal::supervised_contrastive_loss": _contrastive_launches,
 }
@@ -391,7 +399,15 @@ def _cpu_attention_flops(
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-_MORE_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+def _linear_loss_flops(x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Of the logits; the gradients that come with them belong to the backward."""
+    return 2 * x.shape[0] * weight.numel()
+
+
+_MORE_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+    torch.ops.fastlocal.pool_linear_cross_entropy: _linear_loss_flops,
+}
 
 
 class MacCounter(_OpMode):

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
+from fastlocal.ops._layout import dense, strides_agree
 from fastlocal.reference._precision import wide_dtype
 from fastlocal.reference.goodness_loss import closed_form, grad_of
 
@@ -155,17 +156,55 @@ class Signature(NamedTuple):
     """All that the choice of a backend depends on."""
 
     device: str
+    triton: str | None
+    dtypes: tuple[torch.dtype, ...]
 
 
-def _signature(h: Tensor, *_: Any, **__: Any) -> Signature:
-    return Signature(h.device.type)
+def _signature(h: Tensor, positive: Tensor, *, offset: Tensor | None = None, **_: Any) -> Signature:
+    device, triton = _dispatch.platform(h.device)
+    return Signature(device, triton, (h.dtype,) if offset is None else (h.dtype, offset.dtype))
+
+
+def _reject_triton(s: Signature) -> str | None:
+    if s.triton is not None:
+        return s.triton
+    if torch.float64 in s.dtypes:
+        return "float64; the kernel accumulates in float32"
+    if s.device == "cpu" and torch.bfloat16 in s.dtypes:
+        return "bfloat16, which the Triton interpreter computes wrongly; give float32"
+    return None
 
 
 _dispatch.register(
     NAME,
     _signature,
-    [_dispatch.Candidate("aten", lambda s: None), _dispatch.Candidate("reference", lambda s: None)],
+    [
+        _dispatch.Candidate("triton", _reject_triton),
+        _dispatch.Candidate("aten", lambda s: None),
+        _dispatch.Candidate("reference", lambda s: None),
+    ],
 )
+
+
+def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Kernels that one call of torch.ops.fastlocal.goodness_loss launches where Triton serves it."""
+    h = _features(_operator, args, kwargs)
+    return 1 + (len(h) > 0) + (not dense(h, 1))  # the samples, the sum, a copy
+
+
+def triton_backward_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The same of torch.ops.fastlocal.goodness_loss_backward."""
+    h = _features(_backward, args, kwargs)
+    if not len(h):
+        return 0
+    grad = torch.empty_like(h, device="meta")
+    if not dense(grad, 1):
+        return 2 + (not h.is_contiguous())
+    return 1 + (not strides_agree(h, grad, 1))
+
+
+def _features(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return (dict(zip((argument.name for argument in operator._schema.arguments), args)) | kwargs)["h"]
 
 
 def _run(
@@ -178,11 +217,18 @@ def _run(
     needs_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _dispatch.choose(NAME, _signature(h), impl) == "aten":
+    chosen = _dispatch.choose(NAME, _signature(h, positive, offset=offset), impl)
+    factor: Tensor | None
+    if chosen == "triton":
+        from fastlocal.triton_kernels import goodness_loss as kernels  # Triton is optional
+
+        h = h if dense(h, 1) else h.contiguous()
+        loss, g, factor = kernels.launch(h, positive, offset, theta, goodness == "mean", grad_scale, needs_grad)
+    elif chosen == "aten":
         loss, g, factor = _aten(h, positive, offset, theta, goodness, grad_scale, needs_grad)
     else:
         loss, g, factor = closed_form(h, positive, theta, goodness, offset, grad_scale)
-    return loss, g, factor if needs_grad else h.new_empty(0)
+    return loss, g, h.new_empty(0) if factor is None or not needs_grad else factor
 
 
 def _fake(
@@ -202,10 +248,28 @@ def _fake(
 
 def _run_backward(h: Tensor, factor: Tensor, grad_loss: Tensor | None, impl: str) -> Tensor:
     grad = torch.empty_like(h)
+    chosen = _dispatch.choose(NAME, _signature(h, factor), impl)
+    if chosen == "triton":
+        if len(h):
+            _triton_backward(h, factor, grad_loss, grad)
+        return grad
     scaled = factor if grad_loss is None else factor * grad_loss
-    if _dispatch.choose(NAME, _signature(h), impl) == "aten":
+    if chosen == "aten":
         return torch.mul(h, scaled.view(-1, *[1] * (h.dim() - 1)), out=grad)  # one pass: it casts as it writes
     return grad.copy_(grad_of(h, scaled))
+
+
+def _triton_backward(h: Tensor, factor: Tensor, grad_loss: Tensor | None, grad: Tensor) -> None:
+    from fastlocal.triton_kernels import goodness_loss as kernels
+
+    if not dense(grad, 1):  # the samples lie between one another
+        out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        kernels.launch_backward(h.contiguous(), factor, grad_loss, out)
+        grad.copy_(out)
+        return
+    kernels.launch_backward(
+        h if strides_agree(h, grad, 1) else torch.empty_like(grad).copy_(h), factor, grad_loss, grad
+    )
 
 
 def _fake_backward(h: Tensor, factor: Tensor, grad_loss: Tensor | None, impl: str) -> Tensor:

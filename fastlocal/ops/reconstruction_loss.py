@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
+from fastlocal.ops._layout import arranged_like, dense, strides_agree
 from fastlocal.reference._precision import wide_dtype
 from fastlocal.reference.reconstruction_loss import reconstruction_loss as specification
 
@@ -120,21 +121,64 @@ class Signature(NamedTuple):
     """All that the choice of a backend depends on."""
 
     device: str
+    triton: str | None
+    dtypes: tuple[torch.dtype, torch.dtype]
 
 
 def _signature(logits: Tensor, image: Tensor, *_: Any, **__: Any) -> Signature:
-    return Signature(logits.device.type)
+    device, triton = _dispatch.platform(logits.device)
+    return Signature(device, triton, (logits.dtype, image.dtype))
+
+
+def _reject_triton(s: Signature) -> str | None:
+    if s.triton is not None:
+        return s.triton
+    if torch.float64 in s.dtypes:
+        return "float64; the kernel computes in float32"
+    if s.device == "cpu" and torch.bfloat16 in s.dtypes:
+        return "bfloat16, which the Triton interpreter computes wrongly; give float32"
+    return None
 
 
 # On a CPU the specification is as fast (3 % faster), and autograd's own.
 _dispatch.register(
     NAME,
     _signature,
-    [_dispatch.Candidate("reference", lambda s: None), _dispatch.Candidate("aten", lambda s: None)],
+    [
+        _dispatch.Candidate("triton", _reject_triton),
+        _dispatch.Candidate("reference", lambda s: None),
+        _dispatch.Candidate("aten", lambda s: None),
+    ],
 )
 
 
+def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Kernels that one call of torch.ops.fastlocal.reconstruction_loss launches where Triton serves it."""
+    logits, image = _named(_operator, args, kwargs, "logits", "image")
+    copies = not dense(logits)
+    return 1 + (logits.numel() > 0) + copies + (not strides_agree(image, logits.contiguous() if copies else logits))
+
+
+def triton_backward_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The same of torch.ops.fastlocal.reconstruction_loss_backward."""
+    logits, image = _named(_backward, args, kwargs, "logits", "image")
+    if not logits.numel():
+        return 0
+    grad = torch.empty_like(logits, device="meta")
+    return 1 + (not strides_agree(logits, grad)) + (not strides_agree(image, grad))
+
+
+def _named(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    call = dict(zip((argument.name for argument in operator._schema.arguments), args)) | kwargs
+    return [call[name] for name in names]
+
+
 def _run(logits: Tensor, image: Tensor, impl: str) -> Tensor:
+    if _dispatch.choose(NAME, _signature(logits, image), impl) == "triton":
+        from fastlocal.triton_kernels import reconstruction_loss as kernels  # Triton is optional
+
+        logits = logits if dense(logits) else logits.contiguous()
+        return kernels.launch(logits, arranged_like(image, logits))
     return specification(logits, image)  # in ATen nothing is shorter
 
 
@@ -143,9 +187,17 @@ def _fake(logits: Tensor, image: Tensor, impl: str) -> Tensor:
 
 
 def _run_backward(logits: Tensor, image: Tensor, grad_loss: Tensor | None, grad_scale: float, impl: str) -> Tensor:
-    # The calls that autograd makes for the specification, whichever backend was asked for.
-    wide = wide_dtype(logits)
     grad = torch.empty_like(logits)
+    if _dispatch.choose(NAME, _signature(logits, image), impl) == "triton":
+        from fastlocal.triton_kernels import reconstruction_loss as kernels
+
+        if logits.numel():
+            kernels.launch_backward(
+                arranged_like(logits, grad), arranged_like(image, grad), grad_loss, grad_scale, grad
+            )
+        return grad
+    # The calls that autograd makes for the specification, whichever other backend was asked for.
+    wide = wide_dtype(logits)
     one = torch.full((), grad_scale, dtype=wide, device=logits.device) if grad_loss is None else grad_loss
     p = torch.sigmoid(logits.to(wide))
     wide_grad = torch.ops.aten.binary_cross_entropy_backward(one, p, image.to(wide), None, 1)
