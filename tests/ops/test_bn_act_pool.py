@@ -59,7 +59,7 @@ def to_double(args):
 def activation_input(args):
     """z, its distance from zero that rounding in float32 may bridge, and the largest weight / deviation; in float64."""
     x, norm, residual, residual_norm, _ = to_double(args)
-    size, scale = torch.zeros(()), torch.zeros(())
+    size, scale = x.new_zeros(()), x.new_zeros(())
     with torch.no_grad():
         z = norm(x)
         parts = [(x, norm)] if residual_norm is None else [(x, norm), (residual, residual_norm)]
