@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from fastlocal.ops import _dispatch
 PRECISIONS = {
     "32-true": None, "fp32": None, "bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
+_MAX_COMPILES = 256
 _CHECK_EVERY = 50  # steps between two looks at the device's non-finite flags, where a look waits for the device
 
 
@@ -73,6 +74,9 @@ class Engine:
             ``"skip"`` that block's update, or ``"stop"``: skip it and set ``engine.should_stop``. The block's parameters,
             optimizer state and BatchNorm statistics stay as they were in every case. On an accelerator the flags are read
             every 50 steps (and by `flush`), so that no step waits for the device.
+        compile: ``"blocks"`` calls ``torch.nn.Module.compile`` on every unit of the backbone that is a module, and on every
+            head: in place, so that names and state_dict stay, and they are compiled for evaluation, too. Each shape of a
+            batch is compiled by itself. With ``graph="on"`` this happens in the eager steps. Not for a network cut by hooks.
         clip: limits a block's gradients just before its update: a `Clip`, or a number, which is the largest norm of one
             block's gradients. ``Clip(..., scope="global")`` takes the norm over all blocks, and needs ``update="end"``.
 
@@ -102,6 +106,7 @@ class Engine:
         memory_format: Literal["preserve", "channels_last"] = "preserve",
         nonfinite: Literal["raise", "skip", "stop"] = "raise",
         clip: Clip | float | None = None,
+        compile: Literal["blocks"] | None = None,
     ):
         if not isinstance(model, LocalModel):
             raise ArgumentError(f"model: expected a LocalModel from fastlocal.localize, got {type(model).__name__}")
@@ -112,6 +117,13 @@ class Engine:
         _one_of("update", update, ("immediate", "end"))
         _one_of("memory_format", memory_format, ("preserve", "channels_last"))
         _one_of("nonfinite", nonfinite, ("raise", "skip", "stop"))
+        if compile is not None:
+            _one_of("compile", compile, ("blocks",))
+            if any(block.fns is None for block in model.blocks):
+                raise BackendError(
+                    f"compile: {type(model.backbone).__name__} is cut by hooks, which cannot be compiled; give it units() and "
+                    "readout(), or use compile=None"
+                )
         if schedule in ("overlap", "pipeline"):
             raise BackendError(f"schedule: {schedule!r} has no executor in this version; use 'sequential' or 'auto'")
         device = next(model.parameters()).device
@@ -138,6 +150,12 @@ class Engine:
         self._graphs = StepGraphs(self) if graph == "on" else None
         if memory_format == "channels_last":  # in place, and last: a refusal above leaves the model as it was
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.compile = compile
+        if compile is not None:
+            for block in model.blocks:
+                for part in (*(block.fns or ()), block.head):
+                    if isinstance(part, nn.Module):
+                        part.compile(dynamic=False)
         self.precision, self.update, self.memory_format = precision, update, memory_format
         self.nonfinite = nonfinite
         self.steps = 0
@@ -447,12 +465,14 @@ class Engine:
     # --- precision, backends and randomness --------------------------------------------------------------------------
 
     def _served(self) -> AbstractContextManager[Any]:
-        """What the operators of a step are asked for."""
-        if self.backend == "auto":
-            return nullcontext()
-        return (
-            _dispatch.backend("reference") if self.backend == "reference" else _dispatch.where_it_exists(self.backend)
-        )
+        """What the operators of a step are asked for, and how often a unit's class may be compiled."""
+        stack = ExitStack()
+        if self.backend != "auto":
+            named = _dispatch.backend if self.backend == "reference" else _dispatch.where_it_exists
+            stack.enter_context(named(self.backend))
+        if self.compile is not None:  # PyTorch counts over all units of a class, and stops at 8
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=_MAX_COMPILES))
+        return stack
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Without the weight cache: a block's weights are cast once, used once, and updated before the region ends."""

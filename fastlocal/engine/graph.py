@@ -177,7 +177,7 @@ class Rates:
     def write(self, groups: list[dict[str, Any]]) -> None:
         """Brings what the groups say to the device, if it has changed. Does not wait."""
         rates = [g["lr"] for g in groups]
-        on_device = [isinstance(r, Tensor) and r.device.type != "cpu" for r in rates]
+        on_device = [isinstance(r, Tensor) and r.device == self._values.device for r in rates]
         now = [0.0 if there else float(r) for r, there in zip(rates, on_device, strict=True)]
         if now != self._now:
             if len(set(now)) == 1:

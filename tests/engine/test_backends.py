@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import fastlocal as fl
 from fastlocal import models, ops
 from fastlocal.engine.clip import Clip
-from fastlocal.errors import BackendError
+from fastlocal.errors import ArgumentError, BackendError
 from fastlocal.ops import _dispatch
+from tests.engine import recorder
 from tests.engine.baseline import NoHostRead, relative_error
+from tests.engine.nets import TorchvisionStyleResNet
 from tests.engine.untouched import assert_same
 
 OPTIONS: dict[str, dict[str, Any]] = {"auglocal": {"depth": 1}, "infopro": {"lam": (5.0, 0.5)}}
@@ -128,6 +130,52 @@ def test_operators_without_that_form_choose_by_themselves(chosen: set[str]) -> N
     expected = fl.Engine(same, fused_sgd).step(x, y).losses
     assert torch.equal(fl.Engine(model, fused_sgd, backend="native").step(x, y).losses, expected)
     assert_same(dict(same.state_dict()), dict(model.state_dict()))
+
+
+# --------------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.parametrize("graph, precision", [(True, "32-true"), (False, "bf16-mixed")])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
+def test_compiled_blocks(graph: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no code generator: the same bits, under the same names."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled: list[nn.Module] = []
+    plain = nn.Module.compile
+
+    def compile_(self: nn.Module, **options: Any) -> None:
+        compiled.append(self)
+        plain(self, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+    model = fl.localize(net, "dgl", blocks=2, sample=torch.randn(4, 5))
+    twin = copy.deepcopy(model)
+    names = list(model.state_dict())
+    make = recorder.engine if graph else recorder.eager
+    engine = make(model, fused_sgd, compile="blocks", precision=precision)
+    other = recorder.eager(twin, fused_sgd, precision=precision)
+    assert len(compiled) >= 5 and all(block.head in compiled for block in model.blocks[:-1])
+    for _ in range(6):
+        x, y = torch.randn(8, 5), torch.randint(3, (8,))
+        assert torch.equal(engine.step(x, y).losses, other.step(x, y).losses)
+    assert_same(dict(twin.state_dict()), dict(model.state_dict()))
+    assert list(model.state_dict()) == names and list(copy.deepcopy(model).state_dict()) == names
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    torch._dynamo.reset()
+
+
+def test_what_cannot_be_compiled() -> None:
+    net = TorchvisionStyleResNet()
+    model = fl.localize(net, "dgl", blocks=3, sample=torch.randn(2, 3, 8, 8))
+    with pytest.raises(
+        BackendError, match=r"^compile: TorchvisionStyleResNet is cut by hooks.*units\(\) and readout\(\)"
+    ):
+        fl.Engine(model, fused_sgd, compile="blocks")
+    with pytest.raises(ArgumentError, match=r"^compile: got 'all'; valid are 'blocks'"):
+        fl.Engine(localized(), fused_sgd, compile="all")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizers
