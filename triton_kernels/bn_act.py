@@ -10,6 +10,7 @@ accumulation, no atomics: results are bit-reproducible.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -582,9 +583,15 @@ class _Grid(NamedTuple):
 
 
 def _grid(x: Tensor, shape: tuple[int, int, int], single: bool, bits: bool, name: str, programs: int) -> _Grid:
-    outer, channels, inner = shape
+    return _cached_grid(x.device, *shape, single, bits, name, programs, configs.forced_for(name))
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_grid(
+    device: torch.device, outer: int, channels: int, inner: int, single: bool, bits: bool, name: str, programs: int, _: Any
+) -> _Grid:  # fmt: skip
     key = dict(outer=outer, channels=channels, inner=inner, single=single, bits=bits)
-    cfg = configs.tuned(name, x.device, key, config(outer, channels, inner, single, bits, programs))
+    cfg = configs.tuned(name, device, key, config(outer, channels, inner, single, bits, programs))
     block_a = max(cfg.block_a, 8) if bits else cfg.block_a  # a program writes whole bytes
     tiles_s = triton.cdiv(inner, cfg.block_s)
     tiles = triton.cdiv(outer, block_a) * tiles_s

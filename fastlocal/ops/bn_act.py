@@ -324,11 +324,10 @@ def count(norm: nn.Module) -> None:
 
 def choice(operator: str, s: Signature, impl: str | None) -> str:
     """The backend. Compiled code asks when it runs, inside the operator, so that here only the modules are ruled out."""
-    if not torch.compiler.is_compiling():
-        return _dispatch.choose(operator, s, impl or "auto")
-    if impl == "reference" or (impl is None and s.misfit is not None):
-        return "reference"
-    return impl or "auto"
+    impl = impl or "auto"
+    if not torch.compiler.is_compiling() or impl == "native" or (s.misfit is not None and impl != "auto"):
+        return _dispatch.choose(operator, s, impl)
+    return "reference" if s.misfit is not None else impl
 
 
 @functools.cache
@@ -421,6 +420,11 @@ def _new(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
+def _written(*tensors: Tensor | None) -> None:
+    """Tells autograd, which sees neither addresses nor kernels."""
+    increment_version([t for t in tensors if t is not None and not t.is_inference()])
+
+
 def _kernels() -> Any:
     from fastlocal.triton_kernels import bn_act as kernels  # Triton is optional
 
@@ -434,6 +438,7 @@ def _kernels() -> Any:
 def _run_forward(x, residual, weight, bias, mean, var, momentum, eps, weight2, bias2, mean2, var2, momentum2, eps2, act, slope, mask, impl):  # type: ignore[no-untyped-def]
     # fmt: on
     impl = resolved(x, impl)
+    _written(mean, var, mean2, var2)
     if impl == "native":
         y, stats = _native_forward(x, residual, weight, bias, mean, var, momentum, eps, act == "relu")
         return y, stats, _new(x, (0,), torch.uint8)
@@ -492,6 +497,7 @@ def _run_backward(dy, x, residual, y, mask, weight, bias, weight2, bias2, stats,
 
 def _run_backward_(dy, x, weight, bias, stats, act, slope, again, impl):  # type: ignore[no-untyped-def]
     impl = resolved(x, impl)
+    _written(dy)
     if impl == "triton":
         activation = torch.empty_like(x) if again else None
         dweight, dbias = _kernels().backward(
@@ -607,7 +613,6 @@ def _native_forward(
         running_mean.data_ptr(), running_var.data_ptr(), mean.data_ptr(), rstd.data_ptr(), x.numel() // channels,
         channels, momentum, eps, relu, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
-    increment_version([t for t in (running_mean, running_var) if not t.is_inference()])  # autograd sees no addresses
     return y, stats
 
 

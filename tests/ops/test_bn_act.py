@@ -709,6 +709,17 @@ def test_saved_bytes():
     assert saved.current == 4 * 5 * 2
 
 
+def test_changed_statistics_are_noticed():
+    case = norms.make((6, 5, 3, 3), residual="norm")
+    evaluated = copy.deepcopy(case.norm).eval()
+    evaluated.running_mean, evaluated.running_var = case.norm.running_mean, case.norm.running_var
+    out = evaluated(case.x)
+    case.call(aten, case.x, case.residual)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    assert case.second.running_var._version > 0
+
+
 def test_the_gradient_that_comes_in_is_left_alone():
     """An addition hands the same tensor to both of its operands."""
     for residual, act in ((None, "none"), ("plain", "none"), ("plain", "relu"), ("norm", "none")):
@@ -771,6 +782,18 @@ def test_aten_opcheck(shape, last, dtype, act, residual, mask):
         torch.library.opcheck(MODULE._backward_, arguments)
     folded = (case.x, case.residual, weight, bias, *statistics, 1e-5, *second, 1e-5, act, 0.1, "aten")
     torch.library.opcheck(MODULE._eval, folded)
+
+
+def test_compiled_misfits():
+    """What only the modules can do is not compiled into an operator, and a request that cannot be served is refused."""
+    x, norm = torch.randn(4, 6, 5, 5), nn.BatchNorm2d(6)
+    hooked = with_hook(copy.deepcopy(norm), "register_forward_hook")
+    for impl in (None, "auto"):
+        twin = copy.deepcopy(hooked)
+        got = torch.compile(lambda x, n=twin, impl=impl: bn_act(x, n, impl=impl), backend="eager")(x)
+        torch.testing.assert_close(got, copy.deepcopy(norm)(x).relu())
+    with pytest.raises(BackendError, match="hooks"):
+        torch.compile(lambda x: bn_act(x, hooked, impl="aten"), backend="eager")(x)
 
 
 @pytest.mark.parametrize("residual, save", [("plain", "residual"), ("plain", "mask"), ("norm", "residual")])
