@@ -30,10 +30,13 @@ from fastlocal.ops.bn_act import backward_launches as _bn_act_backward_launches
 from fastlocal.ops.bn_act import forward_launches as _bn_act_forward_launches
 from fastlocal.ops.bn_act_pool import backward_launches as _pool_backward_launches
 from fastlocal.ops.bn_act_pool import forward_launches as _pool_forward_launches
+from fastlocal.ops.class_goodness_cross_entropy import backward_launches as _class_goodness_backward_launches
+from fastlocal.ops.class_goodness_cross_entropy import launches as _class_goodness_launches
 from fastlocal.ops.fused_adamw import triton_launches as _adamw_launches
 from fastlocal.ops.fused_sgd import triton_launches as _sgd_launches
 from fastlocal.ops.goodness_loss import triton_backward_launches as _goodness_backward_launches
 from fastlocal.ops.goodness_loss import triton_launches as _goodness_launches
+from fastlocal.ops.norm_linear_cross_entropy import launches as _norm_linear_launches
 from fastlocal.ops.pool_linear_cross_entropy import triton_launches as _head_launches
 from fastlocal.ops.reconstruction_loss import triton_backward_launches as _reconstruction_backward_launches
 from fastlocal.ops.reconstruction_loss import triton_launches as _reconstruction_launches
@@ -104,8 +107,11 @@ _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] =
     "fastlocal::bn_act_pool_backward": _pool_backward_launches,
     "fastlocal::fused_adamw_": _adamw_launches,
     "fastlocal::fused_sgd_": _sgd_launches,
+    "fastlocal::class_goodness_cross_entropy": _class_goodness_launches,
+    "fastlocal::class_goodness_cross_entropy_backward": _class_goodness_backward_launches,
     "fastlocal::goodness_loss": _goodness_launches,
     "fastlocal::goodness_loss_backward": _goodness_backward_launches,
+    "fastlocal::norm_linear_cross_entropy": _norm_linear_launches,
     "fastlocal::pool_linear_cross_entropy": _head_launches,
     "fastlocal::reconstruction_loss": _reconstruction_launches,
     "fastlocal::reconstruction_loss_backward": _reconstruction_backward_launches,

@@ -379,6 +379,30 @@ def test_no_host_sync(form, kind, impl):
     assert trace.names and not SYNCS & set(trace.names)
 
 
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("classes", [2, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_are_those_that_the_counter_is_told(dtype, classes, form, kind):
+    args, options = make(6, 8, (3, 3), classes, form=form, kind=kind, dtype=dtype)
+    smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
+    for needs in ([True, *(t is not None for t in args[1:3])], [False] * 3):
+        call = (*args, classes, 1.0, 0.0, smoothing, ignore, 1.0, needs, True, "aten")
+        with LaunchCounter() as inside:
+            MODULE._run(*call)
+        with LaunchCounter() as outside:
+            OPERATOR(*call)
+        assert outside.total == inside.total == MODULE.launches(call, {}) > 3
+    factor = torch.randn(6, classes)
+    for grad_loss in (None, torch.ones(())):
+        call = (*args[:3], factor, grad_loss, "aten")
+        with LaunchCounter() as inside:
+            MODULE._run_backward(*call)
+        with LaunchCounter() as outside:
+            BACKWARD(*call)
+        assert outside.total == inside.total > 0
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_it_saves(form):
     """The features and one number for each sample and class: no map, neither kept nor, by the Gram form, made."""

@@ -371,6 +371,21 @@ def test_no_host_sync(kind, impl):
     assert trace.names and not SYNCS & set(trace.names)
 
 
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_are_those_that_the_counter_is_told(dtype, basis, kind):
+    args, options = make(6, (5,), 4, kind=kind, dtype=dtype, basis=basis)
+    smoothing, ignore = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
+    for needs in ([True, basis == "weight"], [False, False]):
+        call = (*args, basis, 2.0, True, smoothing, ignore, 1.0, needs, True, "aten")
+        with LaunchCounter() as inside:
+            MODULE._run(*call)
+        with LaunchCounter() as outside:
+            OPERATOR(*call)
+        assert outside.total == inside.total > 3
+
+
 def test_what_it_saves():
     """Neither the unit vectors nor the logits: one gradient of the features' size, and one of the weight's."""
     (x, weight, target), _ = make(64, (256,), 10)
