@@ -556,7 +556,7 @@ def _by_chunks(
     wide = wide_dtype(x, weight)
     classes = weight.shape[0]
     dims = pooled_dims(x, pool)
-    pooled = x.mean(dims, dtype=wide) if positions(x, pool) > 1 else x.reshape(x.shape[:2]).to(wide)
+    pooled = x.mean(dims, dtype=wide) if positions(x, pool) > 1 else x.flatten(1).to(wide)
     wide_bias = None if bias is None else bias.to(wide)
     state = online(pooled, classes, target, class_weight, label_smoothing, ignore_index, grad_scale)
     chunk = chunk_classes(x.shape[0], classes)

@@ -189,6 +189,17 @@ def test_more_classes_than_registers(classes, kind, small_chunks):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "pool, shape", [("mean", (6, 5, 1, 1)), ("tokens", (6, 1, 5)), ("tokens", (6, 2, 5)), ("cls", (6, 2, 5))]
+)
+def test_pools_by_chunks(pool, shape, small_chunks):
+    args = (torch.randn(shape), *make(6, 5, (), 1300)[0][1:])
+    for dense in (False, True):
+        check(through_autograd("aten"), args, pool=pool)
+        got = pool_linear_cross_entropy_value_and_grad(*args, pool=pool, dense_grad=dense, impl="aten")
+        assert got[2].shape == shape and (got[2].is_contiguous() or not dense)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_gradcheck_by_chunks(kind, monkeypatch):
     monkeypatch.setattr(MODULE, "MAX_CLASSES", 2)

@@ -253,6 +253,9 @@ def test_edges_by_chunks(small_chunks):
         assert loss.isnan() and grad_x[1].isnan().all() and grad_weight.isnan().all()
         assert not grad_x[0].isnan().any()
 
+    for pool, shape in (("tokens", (3, 1, 5)), ("tokens", (3, 2, 5)), ("cls", (3, 2, 5)), ("none", (3, 5))):
+        check(triton, (torch.randn(shape), *make(3, 5, (), 1300)[0][1:]), pool=pool)
+
     each = torch.rand(1300, 2)[:, 0]
     weight, target = torch.randn(5, 1300).t(), torch.rand(1300, 3).t()
     for wanted in (target, torch.randint(1300, (6,))[::2]):
