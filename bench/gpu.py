@@ -72,7 +72,8 @@ class Variant:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     graph_peak: int | None = None
-    captured: bool = False  # by the step itself, at its first call
+    captured: bool = False  # by the step itself, after a few eager ones
+    about: Callable[[], str] = str  # what the engine says that it does
 
     def static_bytes(self) -> int:
         state = (t for values in self.optimizer.state.values() for t in values.values() if isinstance(t, Tensor))
@@ -155,7 +156,9 @@ class Steps:
             graph=graph,
         )
         x = x.contiguous(memory_format=torch.channels_last) if layout else x
-        return Variant(lambda: run.step(x, self.y).losses[-1], model, run.optimizer, captured=graph == "on")
+        return Variant(
+            lambda: run.step(x, self.y).losses[-1], model, run.optimizer, captured=graph == "on", about=run.explain
+        )
 
     def bp(
         self, precision: str, layout: str, graph: bool = False, compiled: str = "", segments: int | None = None
@@ -350,6 +353,7 @@ class Bench:
         model = self._localize(case)
         steps = Steps(case, model, x, y, self.device)
         ready: dict[str, tuple[Callable[[], Any], Record]] = {}
+        abouts: dict[str, Callable[[], str]] = {}
         failed: list[Record] = []
         for name, make in steps.makers().items():
             record = self._record("step", case.name, name) | {
@@ -361,20 +365,18 @@ class Bench:
                 continue
             try:
                 variant = make()
-                losses: list[Tensor] = []
-                beginning = self.device.peak(lambda: losses.append(variant.step().detach().clone()))  # noqa: B023
-                record["first_loss"] = float(losses[0])
+                record["first_loss"] = float(variant.step())
                 for _ in range(2):
                     variant.step()
-                if variant.captured:  # its memory is the graph's own, taken while it was captured
-                    record["peak_bytes"] = beginning
+                if variant.captured:  # its memory is the graph's own, taken while it is captured
+                    record["peak_bytes"] = self.device.peak(lambda: [variant.step() for _ in range(4)])  # noqa: B023
                 elif variant.graph_peak is None:
                     variant.forget_gradients()
                     record["peak_bytes"] = self.device.peak(variant.step)
                 else:
                     record["peak_bytes"] = variant.graph_peak
                 record["static_bytes"] = variant.static_bytes()
-                ready[name] = variant.step, record
+                ready[name], abouts[name] = (variant.step, record), variant.about
             except BackendError as error:  # it says that it cannot
                 failed.append(record | {"kind": "refused", "why": _first_line(error)})
             except Exception as error:
@@ -386,6 +388,7 @@ class Bench:
         base = ready[PLAIN][1]["first_loss"] if PLAIN in ready else None
         for name, (step, record) in ready.items():
             record["finite"] = math.isfinite(float(step()))
+            record["about"] = abouts[name]()
             if base is not None and not name.startswith("BP"):  # the last block's loss, from the same weights and batch
                 record["first_loss_agrees"] = abs(record["first_loss"] - base) <= 0.05 * abs(base)
         return [record for _, record in ready.values()] + failed
@@ -533,6 +536,51 @@ def _operator_rows(rows: list[Record]) -> Iterator[str]:
             if EAGER in by_mode["graph"] and graph["verified"]:
                 text += f"{by_mode['graph'][EAGER]['median'] / graph['median']:7.2f}x"
         yield text + f"{eager['peak_bytes'] / 2**20:9.1f} MiB" + ("" if _agrees(eager) else "  WRONG RESULT")
+
+
+def short(records: list[Record]) -> str:
+    """One line for each operator and size, the fastest of each kind of step, and what is wrong or missing."""
+    lines: list[str] = []
+    heading = f"{'':<76}{'us':>9}{'in a graph':>12}{'of copy':>9}{'x eager':>9}  fastest rival"
+    for case in dict.fromkeys(r["case"] for r in records):
+        rows = [r for r in records if r["case"] == case]
+        timed = [r for r in rows if "median" in r]
+        if rows[0]["kind"] == "copy" and "bytes_per_second" in rows[0]:
+            lines += [f"copy on the device: {rows[0]['bytes_per_second'] / 1e9:.0f} GB/s, read and written", heading]
+        elif timed and not timed[0]["verified"] and not timed[0]["dry_run"]:
+            lines.append(f"{case}: {NOT_GREEN}")
+        elif timed and timed[0]["kind"] == "operator":
+            lines.append(_short_operator(case, timed))
+        elif timed:
+            lines.append(case)
+            kinds = (PLAIN, "plain loop, bf16", "engine, ", "engine graph, ", "BP")
+            groups = [[r for r in timed if r["variant"].startswith(kind)] for kind in kinds]
+            fastest = [min(group, key=lambda r: r["median"]) for group in groups if group]
+            base = [r for r in timed if r["variant"] == PLAIN]
+            lines += [line for line in _step_rows(base + [r for r in fastest if r not in base])]
+        lines += [
+            f"  {r.get('variant', r['kind'])}: {r.get('error') or r['why']}"
+            for r in rows
+            if "median" not in r and (r["kind"] != "skipped" or not timed) and r["kind"] != "copy"
+        ]
+    lines += _findings(records)
+    left = sum(r["kind"] == "skipped" for r in records)
+    lines += [f"{left} left out: {NO_TIME}"] if left else []
+    lines += ["dry run on a CPU: no number above is a measurement"] if any(r["dry_run"] for r in records) else []
+    return "\n".join(lines)
+
+
+def _short_operator(case: str, timed: list[Record]) -> str:
+    eager, graph = ({r["variant"]: r for r in timed if r["mode"] == mode} for mode in ("eager", "graph"))
+    if OURS not in graph:
+        return f"{case}: only {', '.join(eager | graph)} ran"
+    own, rivals = graph[OURS], {n: r["median"] for n, r in graph.items() if not n.startswith(OURS)}
+    text = f"{case:<76}{eager[OURS]['median'] * 1e6:9.1f}{own['median'] * 1e6:12.1f}{own['part_of_bandwidth']:9.1%}"
+    if rivals and own["verified"]:
+        best = min(rivals, key=lambda name: rivals[name])
+        first = rivals[EAGER] / own["median"] if EAGER in rivals else float("nan")
+        text += f"{first:8.2f}x  {best} {rivals[best] / own['median']:.2f}x"
+    return text + ("" if _agrees(own) else "  WRONG RESULT")
 
 
 def _agrees(r: Record) -> bool:

@@ -62,6 +62,10 @@ def test_a_dry_run_says_so_and_shows_no_ratio(dry: tuple[str, list[dict[str, Any
     assert text.rstrip().endswith("dry run on a CPU: no number above is a measurement")
     assert not [line for line in text.splitlines() if line.endswith("x")] and "a rival is faster" not in text
     assert "WRONG" not in text
+    short = gpu.short(dry[1])
+    assert len(short.splitlines()) < 0.6 * len(text.splitlines()) and "WRONG" not in short
+    for case in tiny_cases():
+        assert sum(line.startswith(case.name + " ") for line in short.splitlines()) == 1
 
 
 def test_the_plain_loop_and_the_engine_do_the_same_step() -> None:
@@ -142,9 +146,10 @@ def test_no_figure_without_green_tests(tmp_path: Path) -> None:
         return found | {"peak_bytes": 2**20, "finite": True, "verified": verified, "dry_run": False}
 
     pair = (("plain loop, fp32", 0.4), ("engine, fp32", 0.1))
-    assert "   4.00x" in gpu.table([record(name, t, True) for name, t in pair])
-    text = gpu.table([record(name, t, False) for name, t in pair])
-    assert text == f"c\n  {gpu.NOT_GREEN}"
+    for text in (gpu.table, gpu.short):
+        assert "   4.00x" in text([record(name, t, True) for name, t in pair])
+    unverified = [record(name, t, False) for name, t in pair]
+    assert gpu.table(unverified) == f"c\n  {gpu.NOT_GREEN}" and gpu.short(unverified) == f"c: {gpu.NOT_GREEN}"
 
 
 def test_the_table_says_where_a_rival_is_faster_and_where_bandwidth_is_lost() -> None:
@@ -157,6 +162,10 @@ def test_the_table_says_where_a_rival_is_faster_and_where_bandwidth_is_lost() ->
     text = gpu.table(rows + [record(r["variant"], "eager", r["median"]) for r in rows])
     assert "a rival is faster (graph): c: compiled, 2.00x" in text and "below 85 % of the copy: c: 25%" in text
     assert "2.00x" in next(line for line in text.splitlines() if line.startswith(f"  {OURS} "))
+    both = rows + [record(r["variant"], "eager", r["median"]) for r in rows]
+    line = next(line for line in gpu.short(both).splitlines() if line.startswith("c "))
+    assert "2.00x  compiled 0.50x" in line and "25.0%" in line
+    assert gpu.short([r | {"verified": False} for r in both]) == f"c: {gpu.NOT_GREEN}"
     rows[-1]["disagreement"] = float("nan")
     rows.append(record(OURS, "eager", 1e-6) | {"disagreement": float("nan")})
     assert "WRONG RESULT" in gpu.table(rows)

@@ -210,14 +210,14 @@ class Run:
         return "ok" if status == 0 and count else "failed", detail + (" (dry run)" if not self.device else "")
 
     def table(self) -> str:
-        """The stages, the memory that the tests saw, and the benchmark's own table."""
+        """The stages, the memory that the tests saw, and the benchmark's short table; its full one is in the log."""
         lines = [f"{r['stage']:<10} {r['status']:<8} {r['seconds']:6.1f} s  {r['detail'][:300]}" for r in self.rows]
         lines += _memory(self.out / "tests.jsonl")
         path = self.out / "bench.jsonl"
         if path.exists():
             script = (
-                "import json, sys; from fastlocal.bench.gpu import table; "
-                "print(table([json.loads(line) for line in open(sys.argv[1])]))"
+                "import json, sys; from fastlocal.bench.gpu import short; "
+                "print(short([json.loads(line) for line in open(sys.argv[1])]))"
             )
             run = subprocess.run(
                 [sys.executable, "-c", script, str(path)],
