@@ -644,8 +644,8 @@ def _plan(name: str, x: Tensor, channels_last: bool, whole: bool, tile: int) -> 
 
 
 def _options(cfg: Config) -> dict[str, int]:
-    """Left to itself, ptxas spills a few registers to fit one block more."""
-    return {"num_warps": cfg.warps} | ({} if torch.version.hip else {"maxnreg": 128 if cfg.warps > 8 else 255})
+    """Left to itself, ptxas spills a few registers to fit one block more; it may take all that a block can have."""
+    return {"num_warps": cfg.warps} | ({} if torch.version.hip else {"maxnreg": min(255, 2048 // cfg.warps)})
 
 
 def _device(x: Tensor) -> Any:

@@ -49,6 +49,8 @@ def make(shape, dtype=torch.float32, kind=0, last=False, training=True, mean=0.0
     x = features()
     residual = features() if kind else None
     residual_norm = norm_for(x, training) if kind == 2 else None
+    if residual_norm is not None:
+        residual_norm.eps, residual_norm.momentum = 1e-2, 0.3  # unlike the other's
     return x, norm_for(x, training), residual, residual_norm, torch.randn(shape[:2]).to(dtype)
 
 
