@@ -2,7 +2,8 @@
 # make test    the whole test suite          (ARGS="tests/csrc -x" runs a part of it)
 # make soak    every method killed at ten points and resumed, in full       (about ten minutes)
 # make lint    ruff and mypy
-# make gpu     all that needs a CUDA device: build, tests, sanitizer, benchmarks, with PYTHON and no venv (docs/gpu.md)
+# make gpu     all that needs a CUDA device: build, tests, sanitizer, benchmarks, with PYTHON and no venv (docs/gpu.md);
+#              ARGS=--tune looks for launch configurations too
 # make venv    only the environment that these use, in .venv
 # make clean   remove what was built (.venv stays)
 
@@ -55,7 +56,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 gpu:
-	$(PYTHON) tests/gpu/run.py --out "$(OUT)" --budget $(BUDGET)
+	$(PYTHON) tests/gpu/run.py --out "$(OUT)" --budget $(BUDGET) $(ARGS)
 
 clean:
 	rm -rf build dist fastlocal.egg-info fastlocal/_native*.so $(INSTALLED) .pytest_cache .ruff_cache .mypy_cache

@@ -38,7 +38,9 @@ STAGES = {
     "memcheck": (70, 25),
     "racecheck": (70, 25),
     "bench": (1e9, 120),
+    "tune": (1e9, 0),  # only on request, with TUNE seconds kept for it
 }
+TUNE = 120.0
 
 
 class Run:
@@ -209,6 +211,14 @@ class Run:
             detail += f": {_last_line(text)}"
         return "ok" if status == 0 and count else "failed", detail + (" (dry run)" if not self.device else "")
 
+    def tune(self) -> tuple[str, str]:
+        """Launch configurations for this device, as a table in the folder; docs/kernels.md says what to do with it."""
+        command = [sys.executable, "-m", "fastlocal.bench.tune", "--out", self.out / "tables"]
+        command += ["--budget", f"{max(5.0, self.allowance('tune') - 25):.0f}", *([] if self.device else ["--dry-run"])]
+        status, text = self.command("tune", command)
+        written = next((line for line in text.splitlines() if " entries written to " in line), _last_line(text))
+        return "ok" if status == 0 else "failed", _cut(status) + written + ("" if self.device else " (dry run)")
+
     def table(self) -> str:
         """The stages, the memory that the tests saw, and the benchmark's short table; its full one is in the log."""
         lines = [f"{r['stage']:<10} {r['status']:<8} {r['seconds']:6.1f} s  {r['detail'][:300]}" for r in self.rows]
@@ -269,7 +279,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder for what is written")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything (default 540)")
+    parser.add_argument(
+        "--tune", action="store_true", help="then look for launch configurations; the benchmark has less time"
+    )
     args = parser.parse_args(argv)
+    if args.tune:
+        STAGES["tune"] = (1e9, TUNE)
     signal.signal(signal.SIGTERM, _ended)  # the stage at work ends with this process
     run = Run(args.out.resolve(), args.budget)
     run.stage("machine", run.find_machine)
@@ -279,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
         run.stage("memcheck", lambda: run.sanitize("memcheck"))
         run.stage("racecheck", lambda: run.sanitize("racecheck"))
         run.stage("bench", run.bench)
+        if args.tune:
+            run.stage("tune", run.tune)
     text = run.table()
     (run.out / "table.txt").write_text(text + "\n")
     print(f"\n{text}\n\nwritten to {run.out}: summary, tests and bench (.jsonl), table.txt, log.txt")

@@ -120,3 +120,19 @@ def test_the_sanitizer_finds_every_kernel() -> None:
     source = "\n".join(path.read_text() for path in (command.ROOT / "triton_kernels").glob("*.py"))
     names = re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
     assert len(names) >= 6 and all(name.startswith(command.KERNELS) for name in names)
+
+
+def test_tuning_keeps_its_time_and_writes_into_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "tune", (1e9, command.TUNE))
+    run = Run(tmp_path, 540)
+    assert run.allowance("bench") < 540 - command.RESERVE - command.TUNE + 1
+    run.machine = {"device": "a device"}
+    calls: list[list[str]] = []
+
+    def answer(stage: str, words: list[object], **environment: str) -> tuple[int, str]:
+        calls.append([str(word) for word in words])
+        return 0, "noise\n7 entries written to somewhere\nmore\n"
+
+    monkeypatch.setattr(run, "command", answer)
+    assert run.tune() == ("ok", "7 entries written to somewhere")
+    assert str(tmp_path / "tables") in calls[0] and "--dry-run" not in calls[0]
