@@ -46,7 +46,7 @@ def plain(args, *, num_classes=None, scale=1.0, margin=0.0, **options):
     g = scores_of(*leaves, num_classes)
     logits = g * scale
     if margin:
-        rows = torch.arange(len(target))[target != options.get("ignore_index", -100)]
+        rows = torch.arange(len(target), device=target.device)[target != options.get("ignore_index", -100)]
         logits = logits.index_put((rows, target[rows]), logits.new_tensor(-margin), accumulate=True)
     loss = loss_of(logits, target, **options)
     correct = correct_rows(g, target, options.get("ignore_index", -100))

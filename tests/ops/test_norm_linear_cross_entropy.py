@@ -39,7 +39,7 @@ def plain(args, *, basis="weight", scale=1.0, normalize_weight=False, **options)
         leaves.append(weight.detach().clone().requires_grad_())
         w = leaves[1]
     else:
-        w = torch.sin((weight[:, None] * torch.arange(flat.shape[1])).double())
+        w = torch.sin((weight[:, None] * torch.arange(flat.shape[1], device=weight.device)).double())
         w = (w if basis == "sine" else w.sign()).to(x.dtype)
     unit = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)
     if normalize_weight:
