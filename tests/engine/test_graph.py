@@ -501,6 +501,25 @@ def test_what_changes_between_steps_is_captured_anew(change: Callable[[fl.Engine
     assert pair.graphs.captures == 2 and pair.graphs.replays > 4
 
 
+def test_options_of_a_fused_optimizer_and_settings_are_captured_anew() -> None:
+    pair = Pair(localized(), fused_adamw)
+    averages: list[list[Tensor]] = []
+    for i in range(18):
+        if i == 5:
+            pair.each(lambda e: [setattr(o, "max_norm", 0.01) for o in e.optimizer.blocks])
+        if i == 9:
+            for engine in pair.both:
+                inner: Any = engine.optimizer.blocks[0]
+                own = inner.param_groups[0]["params"]
+                averages.append([p.detach().clone() for p in own])
+                inner.link(zip(own, averages[-1]), 0.5)
+        with ops.backend("reference" if i >= 14 else "auto"):
+            pair.step(*batch(i))
+    assert all(torch.equal(a, b) for a, b in zip(*averages))
+    pair.check()
+    assert pair.graphs.captures == 4
+
+
 def test_what_is_undone_or_set_anew_to_the_same_keeps_the_graph() -> None:
     pair = Pair(localized(dropout=0.1))
     for i in range(10):
