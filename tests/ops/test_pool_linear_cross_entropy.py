@@ -282,6 +282,15 @@ def test_class_that_does_not_exist_among_many(small_chunks):
             pool_linear_cross_entropy(*args, impl="aten")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("classes", [5, 700])
+def test_weights_of_rows_that_are_ignored(classes, impl, small_chunks):
+    """Where the ignored class exists and weighs something."""
+    args, options = make(7, 6, (3, 2), classes, kind="ignored")
+    for smoothing in (0.0, 0.1):
+        check(value_and_grad(impl), args, class_weight=torch.rand(classes), label_smoothing=smoothing, **options)
+
+
 def normed(norm, args, pool, options):
     """What a user writes with a norm: loss, and the gradients of x, weight, bias and the norm's parameters."""
     x, weight, bias = (t.detach().clone().requires_grad_() for t in args[:3])

@@ -89,6 +89,12 @@ def test_the_divisor_of_many_rows(kind, monkeypatch, route):
     check(triton, args, **options)
 
 
+def test_weights_of_rows_that_are_ignored(route):
+    """Where the ignored class exists and weighs something."""
+    args, options = make(7, 6, (3, 2), 5, kind="ignored")
+    check(triton, args, class_weight=torch.rand(5), **options)
+
+
 @pytest.mark.parametrize("rows, smoothing", [(0, 0.0), (3, 0.0), (3, 0.1)])
 def test_no_row_counts(rows, smoothing, route):
     args, _ = make(rows, 3, (2, 2), 4)
