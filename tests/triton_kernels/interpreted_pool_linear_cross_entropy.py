@@ -93,6 +93,8 @@ def test_weights_of_rows_that_are_ignored(route):
     """Where the ignored class exists and weighs something."""
     args, options = make(7, 6, (3, 2), 5, kind="ignored")
     check(triton, args, class_weight=torch.rand(5), **options)
+    spaced = torch.full((14,), options["ignore_index"])[::2].copy_(args[3])  # what lies between does not count
+    check(triton, (*args[:3], spaced), **options)
 
 
 @pytest.mark.parametrize("rows, smoothing", [(0, 0.0), (3, 0.0), (3, 0.1)])
