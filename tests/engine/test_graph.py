@@ -468,23 +468,35 @@ def own_attribute(engine: fl.Engine) -> None:
     engine.model.backbone.strength = 3.0
 
 
+def own_tensor(engine: fl.Engine) -> None:
+    """Equal in value for now."""
+    engine.model.backbone.shift = engine.model.backbone.shift.clone()
+
+
+def own_list(engine: fl.Engine) -> None:
+    net: Any = engine.model.backbone
+    net.factors[0] = 0.5
+
+
 CHANGES = [
     freeze, replace_module, move, move_buffers, move_a_counter, eval_norm, norm_momentum, weight_decay, hook, grad_hook,
-    forget_momentum, load_optimizer, criterion, clip, own_attribute,
+    forget_momentum, load_optimizer, criterion, clip, own_attribute, own_tensor, own_list,
 ]  # fmt: skip
 
 
 class Scaled(models.ResNetCIFAR):
-    """Reads a number of its own at every forward."""
+    """Reads numbers of its own at every forward."""
 
     strength = 1.0
 
     def __init__(self) -> None:
         super().__init__(1, width=4)
         self.strength = 1.0
+        self.shift = torch.zeros(1)
+        self.factors = [1.0]
 
     def readout(self, h: Tensor) -> Tensor:
-        return super().readout(h) * self.strength
+        return (super().readout(h) + self.shift) * (self.strength * self.factors[0])
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -496,6 +508,9 @@ def test_what_changes_between_steps_is_captured_anew(change: Callable[[fl.Engine
     assert pair.graphs.captures == 1
     pair.each(change)
     for i in range(5, 11):
+        for engine in pair.both:
+            net: Any = engine.model.backbone
+            net.shift += torch.arange(10.0)[i - 5]  # in place: that is no change of what is captured
         pair.step(*batch(i))
     pair.check()
     assert pair.graphs.captures == 2 and pair.graphs.replays > 4
