@@ -558,10 +558,11 @@ class Loss(Case):
         return maps * self.rows * self.dim * self.side**2 * self.dtype.itemsize
 
     def _options(self) -> dict[str, Any]:
-        cosine = {"scale": 10.0, "normalize_weight": True}
-        return {"class_goodness_cross_entropy": {"num_classes": 10}, "norm_linear_cross_entropy": cosine}.get(
-            self.operator, {}
-        )
+        if self.operator == "class_goodness_cross_entropy":
+            return {"num_classes": 10}
+        if self.operator == "norm_linear_cross_entropy":
+            return {"scale": 10.0, "normalize_weight": True}
+        return {}
 
     def ours(self, impl: str | None = None) -> Call:
         function = getattr(fl.ops, self.operator + "_value_and_grad")
