@@ -399,21 +399,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def one_launch(x: Tensor) -> bool:
-    """Whether a program takes whole channels: it does statistics and all that follows in one launch."""
-    outer, _, inner = geometry(x)
+def one_launch(shape: tuple[int, int, int]) -> bool:
+    """Whether a program takes whole channels of [A, C, S]: it does statistics and all that follows in one launch."""
+    outer, _, inner = shape
     return outer * inner <= ONE_LAUNCH // (1 if inner > 1 else 16)  # a matrix is read 16 channels wide at least
 
 
 def forward_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Kernels that a call of torch.ops.fastlocal.bn_act_forward launches where Triton serves it."""
-    return 1 if one_launch((*args, *kwargs.values())[0]) else 2
+    return 1 if one_launch(geometry((*args, *kwargs.values())[0])) else 2
 
 
 def backward_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The same of bn_act_backward, and of bn_act_backward_."""
     dy, x = (*args, *kwargs.values())[:2]
-    return (1 if one_launch(x) else 2) + (not same_layout(dy, x))  # a gradient in another layout is copied
+    return (1 if one_launch(geometry(x)) else 2) + (not same_layout(dy, x))  # a gradient in another layout is copied
 
 
 def _new(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -443,10 +443,11 @@ def _run_forward(x, residual, weight, bias, mean, var, momentum, eps, weight2, b
         y, stats = _native_forward(x, residual, weight, bias, mean, var, momentum, eps, act == "relu")
         return y, stats, _new(x, (0,), torch.uint8)
     if impl == "triton":
+        shape = geometry(x)
         bits = _new(x, mask_shape(x) if mask else (0,), torch.uint8)
         y, stats = _kernels().forward(
             x, residual, weight, bias, mean, var, momentum, eps, weight2, bias2, mean2, var2, momentum2, eps2, act, slope,
-            bits if mask else None, geometry(x), one_launch(x),
+            bits if mask else None, shape, one_launch(shape),
         )  # fmt: skip
         return y, stats, bits
     y, *stats = _aten_norm(x, weight, bias, mean, var, momentum, eps)
@@ -469,9 +470,10 @@ def _run_backward(dy, x, residual, y, mask, weight, bias, weight2, bias2, stats,
         return _native_backward(dy, x, y, weight, stats, need_x, need_residual)
     dy = like(dy, x)
     if impl == "triton":
+        shape = geometry(x)
         maps = [torch.empty_like(x) if need else None for need in (need_x, need_residual)]
         grads = _kernels().backward(
-            dy, x, residual, mask, weight, bias, weight2, bias2, stats, act, slope, *maps, None, geometry(x), one_launch(x)
+            dy, x, residual, mask, weight, bias, weight2, bias2, stats, act, slope, *maps, None, shape, one_launch(shape)
         )
         return grads + [t for t in maps if t is not None]
     if mask is not None:
@@ -499,9 +501,10 @@ def _run_backward_(dy, x, weight, bias, stats, act, slope, again, impl):  # type
     impl = resolved(x, impl)
     _written(dy)
     if impl == "triton":
+        shape = geometry(x)
         activation = torch.empty_like(x) if again else None
         dweight, dbias = _kernels().backward(
-            dy, x, None, None, weight, bias, None, None, stats, act, slope, dy, None, activation, geometry(x), one_launch(x)
+            dy, x, None, None, weight, bias, None, None, stats, act, slope, dy, None, activation, shape, one_launch(shape)
         )
         return dweight, dbias, _new(x, (0,), x.dtype) if activation is None else activation
     z = _aten_apply(x, weight, bias, stats)

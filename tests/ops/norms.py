@@ -111,7 +111,7 @@ class Case:
     def terms(self) -> dict[str, float]:
         """The largest terms of the sums."""
         rows, size = self.x.numel() // self.x.shape[1], self.dy.abs().max().item()
-        largest = min(rows, 128) ** 0.5 * size
+        largest = rows**0.5 * size
         found = {"dbias": largest, "dbias2": largest}
         for mark, to, x, norm in (("", "dx", self.x, self.norm), ("2", "dresidual", self.residual, self.second)):
             if norm is None or x is None:
