@@ -136,3 +136,26 @@ def test_tuning_keeps_its_time_and_writes_into_the_folder(tmp_path: Path, monkey
     monkeypatch.setattr(run, "command", answer)
     assert run.tune() == ("ok", "7 entries written to somewhere")
     assert str(tmp_path / "tables") in calls[0] and "--dry-run" not in calls[0]
+
+
+def test_the_report_begins_with_the_sources_and_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them the benchmark shows no figure."""
+    from fastlocal.bench import gpu
+
+    run = Run(tmp_path, 100)
+    run.machine = {"device": "a device", "source": "0123", "commit": "c"}
+    run.rows = [{"status": "failed"}]
+    file = "test_levels.py"
+
+    def answer(stage: str, words: list[object], **environment: str) -> tuple[int, str]:
+        with open(environment["FASTLOCAL_GPU_REPORT"], "a") as report:
+            report.write(json.dumps({"collected": 1, "by_file": {file: 1}}) + "\n")
+            report.write(json.dumps({"test": f"tests/gpu/{file}::test_x", "outcome": "passed"}) + "\n")
+        return 0, ""
+
+    monkeypatch.setattr(run, "command", answer)
+    assert run.tests() == ("ok", "1 passed, 0 failed, 0 skipped")
+    assert gpu.verified(tmp_path / "tests.jsonl", None, run.machine)
+    assert not gpu.verified(tmp_path / "tests.jsonl", None, run.machine | {"source": "4567"})
+    monkeypatch.setattr(run, "command", lambda *args, **kwargs: (1, "ImportError: x"))
+    assert run.tests() == ("failed", "pytest did not start: ImportError: x")
