@@ -211,6 +211,19 @@ def test_gradcheck_by_chunks(kind, monkeypatch):
     )
 
 
+def test_guesses_by_chunks():
+    """The largest logit and the likeliest class in each part of each chunk, all of them right."""
+    classes = torch.tensor([10, 4300, 5000, 8990])
+    weight = 0.1 * torch.randn(9000, 4)
+    weight[classes, torch.arange(4)] = 5
+    wanted = torch.rand(4, 9000) / 9000
+    wanted[torch.arange(4), classes] = 0.5
+    for target in (classes, wanted):
+        args = (torch.eye(4), weight, None, target)
+        assert value_and_grad("aten")(*args, pool="none")[1] == 4
+        check(value_and_grad("aten"), args, pool="none")
+
+
 def test_chunks_by_size():
     assert MODULE.chunk_classes(128, 1025) == 640 and MODULE.chunk_classes(128, 50_000) == 25_088
     assert MODULE.chunk_classes(1024, 200_000) == 4096 and MODULE.chunk_classes(1 << 20, 200_000) == 1024

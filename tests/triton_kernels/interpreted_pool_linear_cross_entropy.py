@@ -235,6 +235,19 @@ def test_partial_gradients_by_chunks(needs, small_chunks):
             torch.testing.assert_close(leaf.grad, grad * 4)
 
 
+def test_guesses_by_chunks():
+    """The largest logit and the likeliest class in each part of each chunk, all of them right."""
+    classes = torch.tensor([10, 4300, 5000, 8990])
+    weight = 0.1 * torch.randn(9000, 4)
+    weight[classes, torch.arange(4)] = 5
+    wanted = torch.rand(4, 9000) / 9000
+    wanted[torch.arange(4), classes] = 0.5
+    for target in (classes, wanted):
+        args = (torch.eye(4), weight, None, target)
+        assert triton(*args, pool="none")[1] == 4
+        check(triton, args, pool="none")
+
+
 def test_edges_by_chunks(small_chunks):
     """No row that counts; a chunk that is switched off; huge logits; a class that does not exist; any strides."""
     for rows in (0, 3):
