@@ -134,7 +134,7 @@ def test_optimizers(optimizer: str, update: str) -> None:
         for engine in pair.both:
             for k, g in enumerate(engine.optimizer.param_groups):
                 g["lr"] = 0.01 * (1 + (k == 1)) / (i + 1)
-        pair.step(*batch(i))
+        pair.step(*batch(i, 3 if i == 6 else 6))
         inner: Any = pair.graph.optimizer.blocks[0]
         if optimizer == "fused_adamw":
             assert torch.equal(inner.norm, pair.eager.optimizer.blocks[0].norm) and inner.norm > 0
@@ -607,6 +607,8 @@ def test_inputs_with_gaps_and_shared_tensors() -> None:
     pair.check()
     assert pair.graphs.replays == 3
     assert pair.graphs._shapes[pair.graphs._batch.key].inputs[0].stride() == (8, 2)
+    pair.step(torch.randn(5, 4), torch.arange(5) % 3)
+    assert (pair.graphs.replays, pair.graphs.eager) == (3, 4), "other strides are another shape"
 
 
 # --------------------------------------------------------------------------------------------------------------- refuse
