@@ -664,8 +664,14 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
+def _linear_loss(x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Of the logits, and of the gradients of features and weight that come with them."""
+    return 2 * x.shape[0] * weight.numel() * (1 + sum(grad.numel() > 0 for grad in out_val[2:4]))
+
+
 _FLOPS = {
     **_MORE_FLOPS,
+    torch.ops.fastlocal.pool_linear_cross_entropy: _linear_loss,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 _CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward, torch.ops.aten._convolution}

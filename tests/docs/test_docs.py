@@ -425,7 +425,7 @@ BELOW = {
     "blocks": {"ops", *LEAVES},
     "methods": {"blocks", "ops", *LEAVES},
     "engine": {"methods", "blocks", "ops", *LEAVES},
-    "models": set(LEAVES),
+    "models": {"ops", *LEAVES},
     "data": set(LEAVES),
     "trainer": {"engine", "methods", "blocks", "ops", "models", "data", *LEAVES},
 }

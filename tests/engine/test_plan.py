@@ -264,3 +264,10 @@ def test_the_command(capsys, tmp_path) -> None:
     assert "over the budget" in capsys.readouterr().out
     assert cli.main(["plan", "--model", "gpt", "--method", "bp", "--batch", "2", "--model-option", "n_layer=1"]) == 0
     assert cli.main([*small, "--device", "nothing"]) == 2
+
+
+def test_the_operators_of_a_gpu_do_the_same_products() -> None:
+    net, x = models.vgg8b(feat_mult=0.1, num_hidden=16), torch.empty(8, 3, 32, 32)
+    plans = [fl.plan(net, x, method="dgl", blocks=3, device=device) for device in ("cpu-core", "h100")]
+    assert plans[0].flops == plans[1].flops
+    assert plans[1].launches < plans[0].launches and plans[1].peak_bytes < plans[0].peak_bytes
