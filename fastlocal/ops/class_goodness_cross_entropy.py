@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
-from fastlocal.ops._count import aten_launches
 from fastlocal.ops._cross_entropy import check_dtypes, check_target, correct_rows, cross_entropy_and_grad
 from fastlocal.ops._seed import is_one
 from fastlocal.reference._precision import wide_dtype
@@ -329,16 +328,6 @@ def _fake_backward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor, grad_loss: Tensor | None, impl: str
 ) -> Tensor:
     return torch.empty_like(x)
-
-
-def launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Kernels that one call of torch.ops.fastlocal.class_goodness_cross_entropy launches, by "aten"."""
-    return aten_launches(_operator, _run, args, kwargs)
-
-
-def backward_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The same of torch.ops.fastlocal.class_goodness_cross_entropy_backward."""
-    return aten_launches(_backward, _run_backward, args, kwargs)
 
 
 def _without_autocast(*args: Any) -> Result:

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
-from fastlocal.ops._count import aten_launches
 from fastlocal.ops._cross_entropy import check_dtypes, check_target, correct_rows, cross_entropy_and_grad
 from fastlocal.ops._seed import is_one
 from fastlocal.reference._precision import wide_dtype
@@ -267,11 +266,6 @@ def _fake(
         for rows, like, needed in zip((x.shape[0], weight.shape[0]), (x, weight), needs)
     ]
     return x.new_empty((), dtype=wide), x.new_empty((), dtype=torch.int64), out[0], out[1]
-
-
-def launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Kernels that one call of torch.ops.fastlocal.norm_linear_cross_entropy launches, by "aten"."""
-    return aten_launches(_operator, _run, args, kwargs)
 
 
 def _without_autocast(*args: Any) -> Result:
