@@ -354,7 +354,7 @@ def fl_pool_linear_cross_entropy_scan_kernel(
             mass = tl.where((label >= 0) & (label < K), mass, float("nan"))
         loss = mass * tl.log(norm) - dot
         tl.store(losses + n, tl.where(valid, loss, 0.0))
-        tl.store(hits + n, hit.to(tl.int32))
+        tl.store(hits + n, tl.where(hit, 1, 0))
     else:
         tl.store(state + 3 * N + n, dot)
         tl.store(picks + n, guess)
