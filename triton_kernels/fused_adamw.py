@@ -11,9 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.triton_kernels.multi_tensor import lerp, number, on, plan, read, where_am_i, write
-from fastlocal.triton_kernels.optimizer_step import Before, finish, look
-
-BLOCK_STEPS = 128  # so many steps are counted at a time
+from fastlocal.triton_kernels.optimizer_step import (
+    BLOCK_STEPS,
+    Before,
+    count_steps,
+    drawn,
+    finish,
+    halves,
+    look,
+    random_bits,
+    random_keys,
+)
 
 
 @triton.jit
@@ -46,7 +54,10 @@ def fused_adamw_part(
     taken2,
     eps,
     weight,
+    first,  # keys of the random bits
+    second,
     N,
+    STOCHASTIC: tl.constexpr,
     AVERAGE: tl.constexpr,
     COPY: tl.constexpr,
     TYPE_P: tl.constexpr,
@@ -64,17 +75,29 @@ def fused_adamw_part(
     b_v = read(addresses, codes, 3 * N + t, o, m, TYPE_V, MASKED, ALIGNED)
     b_m = lerp(b_m, b_g, taken1)
     b_v = beta2 * b_v + taken2 * b_g * b_g
-    write(addresses, codes, 2 * N + t, o, m, b_m, TYPE_M, MASKED, ALIGNED)
-    write(addresses, codes, 3 * N + t, o, m, b_v, TYPE_V, MASKED, ALIGNED)
+    x = 0
+    y = 0
+    b_ms = b_m
+    b_vs = b_v
+    if STOCHASTIC:
+        x, y = random_bits(o, first, second)
+        b_ms = drawn(codes, 2 * N + t, b_m, x >> 16, TYPE_M)
+        b_vs = drawn(codes, 3 * N + t, b_v, y, TYPE_V)
+    write(addresses, codes, 2 * N + t, o, m, b_ms, TYPE_M, MASKED, ALIGNED)
+    write(addresses, codes, 3 * N + t, o, m, b_vs, TYPE_V, MASKED, ALIGNED)
     b_p = b_p * shrink - rate * (b_m / (tl.sqrt(b_v) / root + eps))
+    if STOCHASTIC:
+        b_p = drawn(codes, t, b_p, x, TYPE_P)
     i_average = 5 * N + t
     i_copy = i_average + AVERAGE * N
     finish(
-        addresses, codes, t, i_average, i_copy, o, m, b_p, weight, AVERAGE, COPY, TYPE_P, TYPE_A, TYPE_C, MASKED, ALIGNED
+        addresses, codes, t, i_average, i_copy, o, m, b_p, y >> 16, weight, STOCHASTIC, AVERAGE, COPY, TYPE_P, TYPE_A,
+        TYPE_C, MASKED, ALIGNED,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts", "N", "lists", "programs"])  # else a variant for each kind of number
+# Numbers that are specialized would make a variant for each of their kinds.
+@triton.jit(do_not_specialize=["parts", "N", "lists", "programs", "seed_low", "seed_high"])
 def fl_fused_adamw_kernel(
     addresses,  # parameters, gradients, averages of them, of their squares, steps; averages, copies: those that there are
     sizes,
@@ -101,6 +124,9 @@ def fl_fused_adamw_kernel(
     N,
     lists,
     programs,
+    seed_low,
+    seed_high,
+    STOCHASTIC: tl.constexpr,
     AVERAGE: tl.constexpr,
     COPY: tl.constexpr,
     LR_TENSOR: tl.constexpr,
@@ -135,31 +161,24 @@ def fl_fused_adamw_kernel(
     shrink = 1.0 - rate * weight_decay
     size = rate / one_minus_exp(step * log_beta1)
     root = tl.sqrt(one_minus_exp(step * log_beta2))
+    first = 0
+    second = 0
+    if STOCHASTIC:
+        first, second = random_keys(seed_low, seed_high, t, step, start)
     o = start + tl.arange(0, BLOCK)
     m = o < n
     if skip == 0:
         if start + BLOCK <= n:
             fused_adamw_part(
-                addresses, codes, t, o, m, factor, shrink, size, root, taken1, beta2, taken2, eps, w, N, AVERAGE, COPY,
-                TYPE_P, TYPE_G, TYPE_M, TYPE_V, TYPE_A, TYPE_C, False, ALIGNED,
+                addresses, codes, t, o, m, factor, shrink, size, root, taken1, beta2, taken2, eps, w, first, second, N,
+                STOCHASTIC, AVERAGE, COPY, TYPE_P, TYPE_G, TYPE_M, TYPE_V, TYPE_A, TYPE_C, False, ALIGNED,
             )  # fmt: skip
         else:
             fused_adamw_part(
-                addresses, codes, t, o, m, factor, shrink, size, root, taken1, beta2, taken2, eps, w, N, AVERAGE, COPY,
-                TYPE_P, TYPE_G, TYPE_M, TYPE_V, TYPE_A, TYPE_C, True, ALIGNED,
+                addresses, codes, t, o, m, factor, shrink, size, root, taken1, beta2, taken2, eps, w, first, second, N,
+                STOCHASTIC, AVERAGE, COPY, TYPE_P, TYPE_G, TYPE_M, TYPE_V, TYPE_A, TYPE_C, True, ALIGNED,
             )  # fmt: skip
-    # The steps are counted by the program that comes here last: all others have read theirs.
-    counter = addresses + lists * N
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1) == programs - 1:
-        tl.store(counter, 0)
-        if skip == 0:
-            for first in range(0, N, BLOCK_T):
-                o_t = first + tl.arange(0, BLOCK_T)
-                m_t = o_t < N
-                # A masked place reads address 0, and nothing is read there.
-                p_t = tl.load(addresses + 4 * N + o_t, mask=m_t, other=0).to(tl.pointer_type(tl.float32))
-                tl.store(p_t, tl.load(p_t, mask=m_t, other=0.0) + 1.0, mask=m_t)
+    count_steps(addresses, 4 * N, N, lists, programs, skip, BLOCK_T)
 
 
 def launch(
@@ -181,6 +200,7 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     check: bool,
+    seed: int | None = None,
 ) -> Tensor | None:
     """In place; returns the norm of the gradients if `max_norm` is given. Arguments as checked by fastlocal.ops.fused_adamw."""
     lists = [row for row in (params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies) if row]
@@ -209,6 +229,8 @@ def launch(
             p.tensors,
             len(lists),
             p.programs,
+            *halves(seed),
+            STOCHASTIC=seed is not None,
             AVERAGE=bool(averages),
             COPY=bool(copies),
             LR_TENSOR=isinstance(lr, Tensor),

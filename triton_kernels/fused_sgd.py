@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.triton_kernels.multi_tensor import number, on, plan, read, where_am_i, write
-from fastlocal.triton_kernels.optimizer_step import Before, finish, look
+from fastlocal.triton_kernels.optimizer_step import (
+    BLOCK_STEPS,
+    Before,
+    count_steps,
+    drawn,
+    finish,
+    halves,
+    look,
+    random_bits,
+    random_keys,
+)
 
 
 @triton.jit
@@ -26,7 +36,10 @@ def fused_sgd_part(
     momentum,
     taken,
     weight,
+    first,  # keys of the random bits
+    second,
     N,
+    STOCHASTIC: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     FIRST: tl.constexpr,
@@ -43,11 +56,18 @@ def fused_sgd_part(
     b_p = read(addresses, codes, t, o, m, TYPE_P, MASKED, ALIGNED)
     b_g = read(addresses, codes, N + t, o, m, TYPE_G, MASKED, ALIGNED) * factor
     b_g += weight_decay * b_p
+    x = 0
+    y = 0
+    if STOCHASTIC:
+        x, y = random_bits(o, first, second)
     if MOMENTUM:
         b_b = b_g
         if not FIRST:
             b_b = momentum * read(addresses, codes, 2 * N + t, o, m, TYPE_B, MASKED, ALIGNED) + taken * b_g
-        write(addresses, codes, 2 * N + t, o, m, b_b, TYPE_B, MASKED, ALIGNED)
+        b_s = b_b
+        if STOCHASTIC:
+            b_s = drawn(codes, 2 * N + t, b_b, x >> 16, TYPE_B)
+        write(addresses, codes, 2 * N + t, o, m, b_s, TYPE_B, MASKED, ALIGNED)
         if NESTEROV:
             b_g += momentum * b_b
         else:
@@ -55,14 +75,18 @@ def fused_sgd_part(
     i_average = (2 + MOMENTUM) * N + t
     i_copy = i_average + AVERAGE * N
     b_p -= rate * b_g
+    if STOCHASTIC:
+        b_p = drawn(codes, t, b_p, x, TYPE_P)
     finish(
-        addresses, codes, t, i_average, i_copy, o, m, b_p, weight, AVERAGE, COPY, TYPE_P, TYPE_A, TYPE_C, MASKED, ALIGNED
+        addresses, codes, t, i_average, i_copy, o, m, b_p, y >> 16, weight, STOCHASTIC, AVERAGE, COPY, TYPE_P, TYPE_A,
+        TYPE_C, MASKED, ALIGNED,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts", "N"])  # else a variant for each kind of number
+# Numbers that are specialized would make a variant for each of their kinds.
+@triton.jit(do_not_specialize=["parts", "N", "lists", "programs", "seed_low", "seed_high"])
 def fl_fused_sgd_kernel(
-    addresses,  # parameters, gradients, momentum, averages, copies: those that there are
+    addresses,  # parameters, gradients, momentum, averages, copies, steps: those that there are
     sizes,
     codes,
     chunks,
@@ -81,6 +105,11 @@ def fl_fused_sgd_kernel(
     decay,  # a number or a pointer
     weight,  # 1 - decay where decay is a number
     N,
+    lists,
+    programs,
+    seed_low,
+    seed_high,
+    STOCHASTIC: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     FIRST: tl.constexpr,
@@ -95,6 +124,7 @@ def fl_fused_sgd_kernel(
     TYPE_C: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     CLIP: tl.constexpr,
     CHECK: tl.constexpr,
     SCALE: tl.constexpr,
@@ -112,19 +142,27 @@ def fl_fused_sgd_kernel(
         w = (1.0 - tl.load(decay)).to(tl.float32)
     else:
         w = weight
+    first = 0
+    second = 0
+    i_steps = (lists - 1) * N
+    if STOCHASTIC:
+        step = tl.load(tl.load(addresses + i_steps + t).to(tl.pointer_type(tl.float32))) + 1.0
+        first, second = random_keys(seed_low, seed_high, t, step, start)
     o = start + tl.arange(0, BLOCK)
     m = o < n
     if skip == 0:
         if start + BLOCK <= n:
             fused_sgd_part(
-                addresses, codes, t, o, m, factor, rate, weight_decay, momentum, taken, w, N, MOMENTUM, NESTEROV, FIRST,
-                AVERAGE, COPY, TYPE_P, TYPE_G, TYPE_B, TYPE_A, TYPE_C, False, ALIGNED,
+                addresses, codes, t, o, m, factor, rate, weight_decay, momentum, taken, w, first, second, N,
+                STOCHASTIC, MOMENTUM, NESTEROV, FIRST, AVERAGE, COPY, TYPE_P, TYPE_G, TYPE_B, TYPE_A, TYPE_C, False, ALIGNED,
             )  # fmt: skip
         else:
             fused_sgd_part(
-                addresses, codes, t, o, m, factor, rate, weight_decay, momentum, taken, w, N, MOMENTUM, NESTEROV, FIRST,
-                AVERAGE, COPY, TYPE_P, TYPE_G, TYPE_B, TYPE_A, TYPE_C, True, ALIGNED,
+                addresses, codes, t, o, m, factor, rate, weight_decay, momentum, taken, w, first, second, N,
+                STOCHASTIC, MOMENTUM, NESTEROV, FIRST, AVERAGE, COPY, TYPE_P, TYPE_G, TYPE_B, TYPE_A, TYPE_C, True, ALIGNED,
             )  # fmt: skip
+    if STOCHASTIC:
+        count_steps(addresses, i_steps, N, lists, programs, skip, BLOCK_T)
 
 
 def launch(
@@ -145,12 +183,14 @@ def launch(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     check: bool,
+    steps: Sequence[Tensor] = (),
+    seed: int | None = None,
 ) -> Tensor | None:
     """In place; returns the norm of the gradients if `max_norm` is given. Arguments as checked by fastlocal.ops.fused_sgd."""
-    lists = [row for row in (params, grads, momentum_buffers, averages, copies) if row]
+    lists = [row for row in (params, grads, momentum_buffers, averages, copies, steps) if row]
     device = params[0].device
     with on(device):
-        p = plan(lists, kernel="fused_sgd")
+        p = plan(lists, scalars=len(lists) - 1 if steps else None, kernel="fused_sgd")
         before = Before(p, 1, device, max_norm, grad_scale, found_inf, check)
         types = iter(p.types[2:])
         fl_fused_sgd_kernel[(p.programs,)](
@@ -167,6 +207,10 @@ def launch(
             number(ema_decay),
             0.0 if isinstance(ema_decay, Tensor) or ema_decay is None else 1.0 - ema_decay,
             p.tensors,
+            len(lists),
+            p.programs,
+            *halves(seed),
+            STOCHASTIC=seed is not None,
             MOMENTUM=bool(momentum_buffers),
             NESTEROV=nesterov,
             FIRST=first,
@@ -181,6 +225,7 @@ def launch(
             TYPE_C=next(types) if copies else 0,
             ALIGNED=p.aligned,
             BLOCK=p.config.block,
+            BLOCK_T=BLOCK_STEPS,
             num_warps=p.config.warps,
             **before.options,
         )

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.triton_kernels.multi_tensor import (
+    BFLOAT16,
     MAX_PARTS,
+    MIXED,
     Plan,
     lerp,
     read,
@@ -18,6 +20,72 @@ from fastlocal.triton_kernels.multi_tensor import (
     where_am_i,
     write,
 )
+
+BLOCK_STEPS = 128  # so many steps are counted at a time
+GOLDEN = tl.constexpr(0x9E3779B9)
+LARGEST = tl.constexpr(torch.finfo(torch.bfloat16).max)
+
+
+@triton.jit
+def mix(x):
+    """A hash of 32-bit integers; with `random_keys` and `random_bits` that of fastlocal/reference/rounding.py."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_keys(seed_low, seed_high, t, step, start):
+    number = t.to(tl.uint32)
+    count = step.to(tl.int32).to(tl.uint32)
+    first = mix(mix(mix(seed_low.to(tl.uint32)) ^ number) ^ count)
+    second = mix(mix(mix(seed_high.to(tl.uint32) ^ GOLDEN) ^ count) ^ number)
+    return first, second ^ (start >> 32).to(tl.uint32)  # the same for a whole chunk
+
+
+@triton.jit
+def random_bits(o, first, second):
+    """16 bits each in x (parameter), x >> 16 (first state), y (second state), y >> 16 (average)."""
+    x = mix(mix(o.to(tl.uint32) + first) ^ second)
+    return x, mix(x + GOLDEN)
+
+
+@triton.jit
+def drawn(codes, i, x, bits, TYPE: tl.constexpr):
+    """x rounded to bfloat16 at random, if that is the dtype of tensor i: `write` then stores it as it is."""
+    if TYPE == BFLOAT16 or TYPE == MIXED:  # noqa: SIM109 (Triton has no tuples of constants)
+        b = x.to(tl.uint32, bitcast=True)
+        b += tl.where(tl.abs(x) >= LARGEST, 0x8000, bits & 0xFFFF)  # no inf that rounding to nearest has not
+        b = tl.where(x != x, 0x7FC00000, b & 0xFFFF0000)
+        r = b.to(tl.float32, bitcast=True)
+        if TYPE == MIXED:
+            r = tl.where(tl.load(codes + i) == BFLOAT16, r, x)
+        x = r
+    return x
+
+
+@triton.jit
+def count_steps(addresses, i_steps, N, lists, programs, skip, BLOCK_T: tl.constexpr):
+    """The steps are counted by the program that comes here last: all others have read theirs."""
+    counter = addresses + lists * N
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1) == programs - 1:
+        tl.store(counter, 0)
+        if skip == 0:
+            for first in range(0, N, BLOCK_T):
+                o = first + tl.arange(0, BLOCK_T)
+                m = o < N
+                # A masked place reads address 0, and nothing is read there.
+                p = tl.load(addresses + i_steps + o, mask=m, other=0).to(tl.pointer_type(tl.float32))
+                tl.store(p, tl.load(p, mask=m, other=0.0) + 1.0, mask=m)
+
+
+def halves(seed: int | None) -> tuple[int, int]:
+    """The lower and the upper 32 bits, as int32: arguments of one kind whatever the seed."""
+    low, high = (seed or 0) & 0xFFFFFFFF, (seed or 0) >> 32
+    return low - ((low >> 31) << 32), high
 
 
 @triton.jit(do_not_specialize=["first", "programs", "parts"])  # else a variant for each kind of number
@@ -101,7 +169,9 @@ def finish(
     o,
     m,
     b_p,
+    bits,  # of the average
     weight,
+    STOCHASTIC: tl.constexpr,
     AVERAGE: tl.constexpr,
     COPY: tl.constexpr,
     TYPE_P: tl.constexpr,
@@ -115,7 +185,10 @@ def finish(
     b_p = rounded(codes, i_p, b_p, TYPE_P)
     if AVERAGE:
         b_a = read(addresses, codes, i_average, o, m, TYPE_A, MASKED, ALIGNED)
-        write(addresses, codes, i_average, o, m, lerp(b_a, b_p, weight), TYPE_A, MASKED, ALIGNED)
+        b_a = lerp(b_a, b_p, weight)
+        if STOCHASTIC:
+            b_a = drawn(codes, i_average, b_a, bits, TYPE_A)
+        write(addresses, codes, i_average, o, m, b_a, TYPE_A, MASKED, ALIGNED)
     if COPY:
         write(addresses, codes, i_copy, o, m, b_p, TYPE_C, MASKED, ALIGNED)
 

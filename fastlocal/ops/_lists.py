@@ -74,8 +74,11 @@ def _same_memory(shape: torch.Size, *strides: tuple[int, ...]) -> bool:
     return True
 
 
-def reject_kernel(device: str, triton: str | None, has: Traits, *, copies: bool) -> str | None:
-    """Why a kernel through tables of addresses cannot serve. `copies`: partners of another dtype may be equal."""
+def reject_kernel(
+    device: str, triton: str | None, has: Traits, *, copies: bool, stochastic: bool = False
+) -> str | None:
+    """Why a kernel through tables of addresses cannot serve. `copies`: partners of another dtype may be equal.
+    `stochastic`: bfloat16 is rounded in integers."""
     if triton is not None:
         return triton
     for column in has.columns:
@@ -84,6 +87,6 @@ def reject_kernel(device: str, triton: str | None, has: Traits, *, copies: bool)
                 return f"{dtype}; the kernel takes float32, bfloat16 and float16"
     if not has.same_memory:
         return "tensors that belong together have other strides, or gaps in memory"
-    if device == "cpu" and torch.bfloat16 in has.dtypes:
+    if device == "cpu" and torch.bfloat16 in has.dtypes and not stochastic:
         return "bfloat16, which the Triton interpreter computes wrongly; give float32"
     return None

@@ -27,6 +27,9 @@ def check_update(
     found_inf: Tensor | None,
     check: bool,
     impl: str | None,
+    steps: Sequence[Tensor],
+    rounding: str,
+    seed: int,
 ) -> None:
     """Raises ArgumentError for what no backend can serve. `lists` has params first."""
     every = {**lists, **({"averages": averages} if averages else {}), **({"copies": copies} if copies else {})}
@@ -35,7 +38,8 @@ def check_update(
         for i, t in enumerate(tensors):
             if not t.is_floating_point() or t.layout != torch.strided:
                 raise ArgumentError(f"{name}[{i}] is {t.dtype}, {t.layout}; give a dense floating-point tensor")
-    device = lists["params"][0].device if lists["params"] else None
+    params = lists["params"]
+    device = params[0].device if params else None
     check_number("lr", lr, None if isinstance(lr, Tensor) and lr.device.type == "cpu" and impl != "triton" else device)
     if averages and ema_decay is None:
         raise ArgumentError("averages are given without ema_decay; give the weight of the past, such as 0.999")
@@ -54,13 +58,40 @@ def check_update(
             raise ArgumentError(f"{name} is on {given.device} and params[0] on {device}; move it there")
     if impl is not None:
         _dispatch.check_backend(impl, "impl")
+    check_rounding(rounding, seed, params)
+    if rounding == "stochastic" and copies:
+        raise ArgumentError("copies are given: params are masters then; rounding='stochastic' does without them")
+    for i, step in enumerate(steps):
+        if step.numel() != 1 or step.dtype != torch.float32 or step.device != device:
+            raise ArgumentError(
+                f"steps[{i}] is {step.dtype} {list(step.shape)} on {step.device}; give a float32 tensor of one element on "
+                f"{device}"
+            )
 
 
-def reject_aten(device: str, has: Traits) -> str | None:
-    """Why PyTorch's fused optimizers cannot serve lists of these traits."""
+def check_rounding(rounding: str, seed: int, params: Iterable[Tensor]) -> None:
+    """Raises ArgumentError unless these parameters can be rounded so."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ArgumentError(f"rounding={rounding!r}; give 'nearest' or 'stochastic'")
+    if not 0 <= seed < 2**63:
+        raise ArgumentError(f"seed={seed} is outside [0, 2**63)")
+    for i, p in enumerate(params if rounding == "stochastic" else ()):
+        if p.dtype != torch.bfloat16:
+            raise ArgumentError(
+                f"params[{i}] is {p.dtype}; rounding='stochastic' takes bfloat16, update the others with rounding='nearest'"
+            )
+
+
+def widened(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The lists in float32, for an update that is rounded afterwards."""
+    return [[t.to(torch.float32, copy=True) for t in row] for row in lists]
+
+
+def reject_aten(device: str, has: Traits, *, stochastic: bool = False) -> str | None:
+    """Why PyTorch's fused optimizers cannot serve lists of these traits. `stochastic`: they get float32 copies."""
     if device not in _ATEN_DEVICES:
         return f"PyTorch has no fused optimizers on {device}"
-    if any(len(set(column)) > 1 for column in has.columns):
+    if not stochastic and any(len(set(column)) > 1 for column in has.columns):
         return "PyTorch's fused optimizers take a parameter, its gradient and its state in one dtype"
     if not has.same_memory:
         return "tensors that belong together have other strides, or gaps in memory"
@@ -130,14 +161,25 @@ class Fused:
 
     param_groups: list[dict[str, Any]]
     state: Any
-    _EXTRAS = ("max_norm", "check", "master", "impl", "norm", "_averages", "_ema_decay", "_step_supports_amp_scaling")
+    _EXTRAS = (
+        "max_norm", "check", "master", "impl", "rounding", "seed", "norm", "_averages", "_ema_decay",
+        "_step_supports_amp_scaling",
+    )  # fmt: skip
 
-    def _set(self, max_norm: float | None, check: bool, master: bool, impl: str | None) -> None:
+    def _set(
+        self, max_norm: float | None, check: bool, master: bool, impl: str | None, rounding: str, seed: int
+    ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ArgumentError(f"max_norm={max_norm}; give a positive number or None")
         if impl is not None:
             _dispatch.check_backend(impl, "impl")
+        check_rounding(rounding, seed, [p for g in self.param_groups for p in g["params"]])
+        if rounding == "stochastic" and master:
+            raise ArgumentError("master=True with rounding='stochastic'; a master is what that rounding does without")
+        if seed >= 2**32:
+            raise ArgumentError(f"seed={seed} is outside [0, 2**32)")
         self.max_norm, self.check, self.master, self.impl = max_norm, check, master, impl
+        self.rounding, self.seed = rounding, seed
         self.norm: Tensor | None = None
         self._averages: dict[Tensor, Tensor] = {}
         self._ema_decay: float | Tensor | None = None
@@ -209,6 +251,9 @@ class Fused:
                     key = (self._has_master(p), p in self._averages, self._is_first(group, p), p.device)
                     parts.setdefault(key, []).append(p)
             calls += [(group, key, params) for key, params in parts.items()]
+        numbers: dict[Tensor, int] = {}
+        if self.rounding == "stochastic":
+            numbers = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         self.norm = None
         if not calls:
             return loss
@@ -245,6 +290,8 @@ class Fused:
                 "grad_scale": _moved(grad_scale, where),
                 "found_inf": _moved(found_inf, where),
                 "check": check,
+                "rounding": self.rounding,
+                "seed": self.seed + (numbers.get(params[0], 0) << 32),  # each call counts its tensors from 0
                 "impl": self.impl,
             }
             norm = run(group, params, first, options)

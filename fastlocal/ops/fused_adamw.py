@@ -17,9 +17,9 @@ from torch.autograd.graph import increment_version
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
-from fastlocal.ops._lists import reject_kernel, traits
-from fastlocal.ops._update import Fused, aten_gradients, by_dtype, check_update, reject_aten, split
-from fastlocal.ops.fused_sgd import Signature, aten_follow
+from fastlocal.ops._lists import traits
+from fastlocal.ops._update import Fused, aten_gradients, by_dtype, check_update, reject_aten, split, widened
+from fastlocal.ops.fused_sgd import Signature, aten_follow, aten_round, reject_triton
 from fastlocal.reference.fused_adamw import fused_adamw_ as specification
 
 NAME = "fused_adamw_"
@@ -29,7 +29,7 @@ _library.define(
     f"{NAME}(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
     "Tensor(e!)[] averages, Tensor(f!)[] copies, Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool maximize, Tensor? ema_decay_tensor, float ema_decay, float? max_norm, Tensor? grad_scale, "
-    "Tensor(g!)? found_inf, bool check, str impl) -> Tensor",
+    "Tensor(g!)? found_inf, bool check, int? seed, str impl) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _operator = getattr(torch.ops.fastlocal, NAME).default
@@ -54,6 +54,8 @@ def fused_adamw_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     check: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
     impl: str | None = None,
 ) -> Tensor | None:
     """The update of torch.optim.AdamW for every parameter, in place, without autograd. Gradients are not changed.
@@ -68,6 +70,7 @@ def fused_adamw_(
         lr: a number, or a tensor of one element on the device, which a captured graph reads anew at each replay.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         averages, ema_decay, copies, max_norm, grad_scale, found_inf, check, impl: as in `fastlocal.ops.fused_sgd_`.
+        rounding, seed: likewise; "stochastic" rounds both moments so too, where they are bfloat16.
 
     Returns:
         The norm before clipping, [], float32, or None without max_norm.
@@ -93,15 +96,12 @@ def fused_adamw_(
         found_inf=found_inf,
         check=check,
         impl=impl,
+        steps=steps,
+        rounding=rounding,
+        seed=seed,
     )
     if len(steps) != len(params):
         raise ArgumentError(f"steps has {len(steps)} tensors and params {len(params)}; give one for each")
-    for i, step in enumerate(steps):
-        if step.numel() != 1 or step.dtype != torch.float32 or step.device != params[0].device:
-            raise ArgumentError(
-                f"steps[{i}] is {step.dtype} {list(step.shape)} on {step.device}; give a float32 tensor of one element on "
-                f"{params[0].device}"
-            )
     if not params:
         return None if max_norm is None else torch.zeros(())
     with torch.no_grad():
@@ -123,6 +123,7 @@ def fused_adamw_(
             grad_scale,
             found_inf,
             check,
+            seed if rounding == "stochastic" else None,
             impl or "auto",
         )
     return None if max_norm is None else norm
@@ -137,20 +138,21 @@ def _signature(
     *,
     averages: Sequence[Tensor] = (),
     copies: Sequence[Tensor] = (),
+    rounding: str = "nearest",
     **_: Any,
 ) -> Signature:
     device, triton = _dispatch.platform(params[0].device) if params else ("cpu", "there is no tensor")
     updated = traits(params, grads, exp_avgs, exp_avg_sqs)
     both = traits(params, grads, exp_avgs, exp_avg_sqs, averages, copies) if averages or copies else updated
-    return Signature(device, triton, updated, both)
+    return Signature(device, triton, updated, both, rounding == "stochastic")
 
 
 _dispatch.register(
     NAME,
     _signature,
     [
-        _dispatch.Candidate("triton", lambda s: reject_kernel(s.device, s.triton, s.traits, copies=False)),
-        _dispatch.Candidate("aten", lambda s: reject_aten(s.device, s.updated)),
+        _dispatch.Candidate("triton", reject_triton),
+        _dispatch.Candidate("aten", lambda s: reject_aten(s.device, s.updated, stochastic=s.stochastic)),
         _dispatch.Candidate("reference", lambda s: None),
     ],
 )
@@ -183,9 +185,11 @@ def _run(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     check: bool,
+    seed: int | None,
     impl: str,
 ) -> Tensor:
-    signature = _signature(params, grads, exp_avgs, exp_avg_sqs, averages=averages, copies=copies)
+    rounding = "nearest" if seed is None else "stochastic"
+    signature = _signature(params, grads, exp_avgs, exp_avg_sqs, averages=averages, copies=copies, rounding=rounding)
     chosen = _dispatch.choose(NAME, signature, impl)
     rate = lr if lr_tensor is None else lr_tensor
     decay = ema_decay if ema_decay_tensor is None else ema_decay_tensor
@@ -195,25 +199,30 @@ def _run(
         rate = rate.to(params[0].device) if isinstance(rate, Tensor) else rate
         norm = kernels.launch(
             params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies, rate, beta1, beta2, eps, weight_decay, maximize,
-            decay, max_norm, grad_scale, found_inf, check,
+            decay, max_norm, grad_scale, found_inf, check, seed,
         )  # fmt: skip
     elif chosen == "aten":
-        grads, norm, skip = aten_gradients(grads, max_norm, grad_scale, found_inf, check)
+        rows = params, grads, exp_avgs, exp_avg_sqs
+        p32, g32, m32, v32 = rows if seed is None else widened(*rows)
+        g32, norm, skip = aten_gradients(g32, max_norm, grad_scale, found_inf, check)
         if skip is None or params[0].device.type != "cpu" or not bool(skip):  # reading is free on a CPU only
             torch._foreach_add_(steps, 1)
-            for p, g, m, v, s in by_dtype(params, grads, exp_avgs, exp_avg_sqs, steps):
+            for p, g, m, v, s in by_dtype(p32, g32, m32, v32, steps):
                 torch._fused_adamw_(
                     p, g, m, v, [], s, lr=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
                     amsgrad=False, maximize=maximize, found_inf=skip,
                 )  # fmt: skip
-            if skip is not None:
-                torch._foreach_sub_(steps, [skip] * len(steps))
-            aten_follow(params, averages, copies, decay, skip)
+            if seed is not None:
+                aten_round(params, [exp_avgs, exp_avg_sqs], p32, [m32, v32], averages, decay, skip, steps, seed)
+            else:
+                if skip is not None:
+                    torch._foreach_sub_(steps, [skip] * len(steps))
+                aten_follow(params, averages, copies, decay, skip)
     else:
         norm = specification(
             params, grads, exp_avgs, exp_avg_sqs, steps, lr=rate, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
             maximize=maximize, averages=averages, ema_decay=decay, copies=copies, max_norm=max_norm, grad_scale=grad_scale,
-            found_inf=found_inf, check=check,
+            found_inf=found_inf, check=check, rounding=rounding, seed=seed or 0,
         )  # fmt: skip
     if chosen != "reference":  # neither a kernel nor PyTorch's fused update tells autograd
         written = [*params, *exp_avgs, *exp_avg_sqs, *steps, *averages, *copies]
@@ -239,7 +248,7 @@ class FusedAdamW(Fused, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; lr may be a tensor on the device, which a
             captured graph reads at each replay. The steps are tensors on the device too.
-        max_norm, check, master, impl: as in `FusedSGD`.
+        max_norm, check, master, rounding, seed, impl: as in `FusedSGD`.
 
     Attributes:
         norm: of the gradients at the last step with max_norm, before clipping, [] on the device.
@@ -257,10 +266,12 @@ class FusedAdamW(Fused, torch.optim.AdamW):
         max_norm: float | None = None,
         check: bool = False,
         master: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
         impl: str | None = None,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, fused=True)
-        self._set(max_norm, check, master, impl)
+        self._set(max_norm, check, master, impl, rounding, seed)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Updates every parameter that has a gradient. Returns what closure returns."""

@@ -19,8 +19,8 @@ from torch.autograd.graph import increment_version
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
 from fastlocal.ops._lists import Traits, reject_kernel, traits
-from fastlocal.ops._update import Fused, aten_gradients, by_dtype, check_update, reject_aten, split
-from fastlocal.reference.fused_sgd import follow
+from fastlocal.ops._update import Fused, aten_gradients, by_dtype, check_update, reject_aten, split, widened
+from fastlocal.reference.fused_sgd import assign, draw_bits, follow
 from fastlocal.reference.fused_sgd import fused_sgd_ as specification
 
 NAME = "fused_sgd_"
@@ -30,7 +30,7 @@ _library.define(
     f"{NAME}(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] averages, "
     "Tensor(d!)[] copies, Tensor? lr_tensor, float lr, float weight_decay, float momentum, float dampening, "
     "bool nesterov, bool maximize, bool first, Tensor? ema_decay_tensor, float ema_decay, float? max_norm, "
-    "Tensor? grad_scale, Tensor(e!)? found_inf, bool check, str impl) -> Tensor",
+    "Tensor? grad_scale, Tensor(e!)? found_inf, bool check, Tensor(f!)[] steps, int? seed, str impl) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _operator = getattr(torch.ops.fastlocal, NAME).default
@@ -55,6 +55,9 @@ def fused_sgd_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     check: bool = False,
+    steps: Sequence[Tensor] = (),
+    rounding: str = "nearest",
+    seed: int = 0,
     impl: str | None = None,
 ) -> Tensor | None:
     """The update of torch.optim.SGD for every parameter, in place, without autograd. Gradients are not changed.
@@ -75,6 +78,14 @@ def fused_sgd_(
         grad_scale: float32, one element: gradients are divided by it first.
         found_inf: float32, one element: where it is not 0, nothing is written. The host does not read it on a GPU.
         check: look whether all gradients are finite; if not, found_inf becomes 1 and nothing is written.
+        steps: with stochastic rounding one for each parameter, float32, one element, on its device: steps done before. Each
+            is a tensor of its own. They grow by 1, unless the step is skipped.
+        rounding: "stochastic" is for bfloat16 parameters without masters. It rounds them, momentum and averages, where these
+            are bfloat16 too, up or down at random so that the mean is the value in float32: changes below half a unit in
+            the last place add up, which they do not under "nearest".
+        seed: of stochastic rounding, 0 <= seed < 2**63. With it, a tensor's place in the lists, its step and an element's
+            place in memory determine the bits, on every backend and device: a replayed graph draws anew, and a run that is
+            resumed with its steps draws what it would have drawn (see fastlocal/reference/rounding.py).
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
     Returns:
@@ -86,7 +97,7 @@ def fused_sgd_(
         RuntimeError: a CUDA graph is being captured, and tensors of these sizes were never updated before.
     """
     params, grads, momentum_buffers = list(params), list(grads), list(momentum_buffers)
-    averages, copies = list(averages), list(copies)
+    averages, copies, steps = list(averages), list(copies), list(steps)
     lists = {"params": params, "grads": grads}
     if momentum:
         lists["momentum_buffers"] = momentum_buffers
@@ -107,7 +118,15 @@ def fused_sgd_(
         found_inf=found_inf,
         check=check,
         impl=impl,
+        steps=steps,
+        rounding=rounding,
+        seed=seed,
     )
+    if len(steps) != (len(params) if rounding == "stochastic" else 0):
+        raise ArgumentError(
+            f"steps has {len(steps)} tensors, with {len(params)} parameters and rounding={rounding!r}; give one for each "
+            "with 'stochastic', none with 'nearest'"
+        )
     if not params:
         return None if max_norm is None else torch.zeros(())
     with torch.no_grad():
@@ -129,6 +148,8 @@ def fused_sgd_(
             grad_scale,
             found_inf,
             check,
+            steps,
+            seed if rounding == "stochastic" else None,
             impl or "auto",
         )
     return None if max_norm is None else norm
@@ -141,6 +162,7 @@ class Signature(NamedTuple):
     triton: str | None
     updated: Traits
     traits: Traits
+    stochastic: bool = False
 
 
 def _signature(
@@ -150,19 +172,25 @@ def _signature(
     *,
     averages: Sequence[Tensor] = (),
     copies: Sequence[Tensor] = (),
+    rounding: str = "nearest",
     **_: Any,
 ) -> Signature:
     device, triton = _dispatch.platform(params[0].device) if params else ("cpu", "there is no tensor")
     updated = traits(params, grads, momentum_buffers)
     both = traits(params, grads, momentum_buffers, averages, copies) if averages or copies else updated
-    return Signature(device, triton, updated, both)
+    return Signature(device, triton, updated, both, rounding == "stochastic")
+
+
+def reject_triton(s: Signature) -> str | None:
+    """Why the kernel cannot serve."""
+    return reject_kernel(s.device, s.triton, s.traits, copies=False, stochastic=s.stochastic)
 
 
 def _reject_aten(s: Signature) -> str | None:
     half = s.updated.dtypes & {torch.bfloat16, torch.float16}
-    if s.device == "cpu" and half and not _updates_half():
+    if s.device == "cpu" and half and not s.stochastic and not _updates_half():
         return "half precision, which this PyTorch's fused SGD does not update on a CPU (pytorch issue 191763)"
-    return reject_aten(s.device, s.updated)
+    return reject_aten(s.device, s.updated, stochastic=s.stochastic)
 
 
 @functools.cache
@@ -180,7 +208,7 @@ _dispatch.register(
     NAME,
     _signature,
     [
-        _dispatch.Candidate("triton", lambda s: reject_kernel(s.device, s.triton, s.traits, copies=False)),
+        _dispatch.Candidate("triton", lambda s: reject_triton(s)),
         _dispatch.Candidate("aten", _reject_aten),
         _dispatch.Candidate("reference", lambda s: None),
     ],
@@ -213,9 +241,12 @@ def _run(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     check: bool,
+    steps: list[Tensor],
+    seed: int | None,
     impl: str,
 ) -> Tensor:
-    signature = _signature(params, grads, momentum_buffers, averages=averages, copies=copies)
+    rounding = "nearest" if seed is None else "stochastic"
+    signature = _signature(params, grads, momentum_buffers, averages=averages, copies=copies, rounding=rounding)
     chosen = _dispatch.choose(NAME, signature, impl)
     rate = lr if lr_tensor is None else lr_tensor
     decay = ema_decay if ema_decay_tensor is None else ema_decay_tensor
@@ -225,25 +256,31 @@ def _run(
         rate = rate.to(params[0].device) if isinstance(rate, Tensor) else rate
         norm = kernels.launch(
             params, grads, momentum_buffers, averages, copies, rate, weight_decay, momentum, dampening, nesterov, maximize,
-            first, decay, max_norm, grad_scale, found_inf, check,
+            first, decay, max_norm, grad_scale, found_inf, check, steps, seed,
         )  # fmt: skip
     elif chosen == "aten":
-        grads, norm, skip = aten_gradients(grads, max_norm, grad_scale, found_inf, check)
+        p32, g32, b32 = (params, grads, momentum_buffers) if seed is None else widened(params, grads, momentum_buffers)
+        g32, norm, skip = aten_gradients(g32, max_norm, grad_scale, found_inf, check)
         if skip is None or params[0].device.type != "cpu" or not bool(skip):  # reading is free on a CPU only
-            for p, g, b in by_dtype(params, grads, momentum_buffers):
+            for p, g, b in by_dtype(p32, g32, b32):
                 torch._fused_sgd_(
                     p, g, b, weight_decay=weight_decay, momentum=momentum, lr=rate, dampening=dampening, nesterov=nesterov,
                     maximize=maximize, is_first_step=first, found_inf=skip,
                 )  # fmt: skip
-            aten_follow(params, averages, copies, decay, skip)
+            if seed is None:
+                aten_follow(params, averages, copies, decay, skip)
+            else:
+                torch._foreach_add_(steps, 1)
+                aten_round(params, [momentum_buffers], p32, [b32], averages, decay, skip, steps, seed)
     else:
         norm = specification(
             params, grads, momentum_buffers, lr=rate, weight_decay=weight_decay, momentum=momentum, dampening=dampening,
             nesterov=nesterov, maximize=maximize, first=first, averages=averages, ema_decay=decay, copies=copies,
             max_norm=max_norm, grad_scale=grad_scale, found_inf=found_inf, check=check,
+            steps=steps, rounding=rounding, seed=seed or 0,
         )  # fmt: skip
     if chosen != "reference":  # neither a kernel nor PyTorch's fused update tells autograd
-        written = [*params, *momentum_buffers, *averages, *copies]
+        written = [*params, *momentum_buffers, *averages, *copies, *steps]
         increment_version([*written, found_inf] if check and found_inf is not None else written)
     return params[0].new_empty(0) if norm is None else norm.to(torch.float32)
 
@@ -265,6 +302,28 @@ def aten_follow(
         _aten(averages, params, decay)
     if copies:
         torch._foreach_copy_(copies, params)
+
+
+def aten_round(
+    params: list[Tensor],
+    states: list[list[Tensor]],
+    new_params: list[Tensor],
+    new_states: list[list[Tensor]],
+    averages: list[Tensor],
+    decay: float | Tensor,
+    skip: Tensor | None,
+    steps: list[Tensor],
+    seed: int,
+) -> None:
+    """Writes what was computed in float32, and the averages, rounded at random. `steps` count this one: no more if skip."""
+    draws = draw_bits(params, steps, seed)
+    if skip is not None:
+        torch._foreach_sub_(steps, [skip] * len(steps))
+        skip = skip != 0
+    for rows, news, which in zip([params, *states], [new_params, *new_states], range(3)):
+        for t, new, bits in zip(rows, news, draws):
+            assign(t, new, skip, bits[which])
+    follow(params, averages, [], decay, skip, draws)
 
 
 def _fake(params: list[Tensor], *args: Any) -> Tensor:
@@ -289,6 +348,8 @@ class FusedSGD(Fused, torch.optim.SGD):
         check: skips the step, on the device, where a gradient is not finite.
         master: trains float32 copies of bfloat16 and float16 parameters, in the state under "master"; the parameters are
             rounded from them. Who writes a parameter by hand deletes its master.
+        rounding, seed: "stochastic" trains bfloat16 parameters without masters, see `fused_sgd_`; the steps are in the state
+            under "step", the seed (0 <= seed < 2**32) is not. Optimizers that shall draw apart take different seeds.
         impl: a backend for every step; None takes that of `fastlocal.backend`.
 
     Attributes:
@@ -308,10 +369,12 @@ class FusedSGD(Fused, torch.optim.SGD):
         max_norm: float | None = None,
         check: bool = False,
         master: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
         impl: str | None = None,
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, fused=True)
-        self._set(max_norm, check, master, impl)
+        self._set(max_norm, check, master, impl, rounding, seed)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Updates every parameter that has a gradient. Returns what closure returns."""
@@ -329,6 +392,12 @@ class FusedSGD(Fused, torch.optim.SGD):
                 if self.state[p].get("momentum_buffer") is None:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(w, memory_format=torch.preserve_format)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
+        steps = []
+        if self.rounding == "stochastic":
+            for p in params:
+                if "step" not in self.state[p]:
+                    self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            steps = [self.state[p]["step"] for p in params]
         norm = fused_sgd_(
             wide,
             [p.grad for p in params],  # type: ignore[misc]
@@ -337,6 +406,7 @@ class FusedSGD(Fused, torch.optim.SGD):
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             first=first,
+            steps=steps,
             **options,
         )
         if first and options["found_inf"] is not None and bool(options["found_inf"]):  # nothing has begun

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlocal.reference.fused_sgd import assign, follow, prepared_gradients, wide_dtype
+from fastlocal.reference.fused_sgd import assign, draw_bits, follow, prepared_gradients, wide_dtype
 
 
 @torch.no_grad()
@@ -30,6 +30,8 @@ def fused_adamw_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     check: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> Tensor | None:
     """See `fastlocal.ops.fused_adamw_` (Loshchilov and Hutter: Decoupled Weight Decay Regularization, 2019). Every tensor
     is rounded once, when it is written; the corrections of the biases are computed in float64."""
@@ -39,7 +41,8 @@ def fused_adamw_(
         grads, maximize=maximize, max_norm=max_norm, grad_scale=grad_scale, found_inf=found_inf, check=check
     )
     beta1, beta2 = betas
-    for p, g, m, v, step in zip(params, wide, exp_avgs, exp_avg_sqs, steps, strict=True):
+    draws = draw_bits(params, [step + 1 for step in steps], seed if rounding == "stochastic" else None)
+    for p, g, m, v, step, bits in zip(params, wide, exp_avgs, exp_avg_sqs, steps, draws, strict=True):
         value = p.to(wide_dtype(p, g))
         dtype = value.dtype
         g = g.to(dtype)
@@ -51,8 +54,8 @@ def fused_adamw_(
         square = beta2 * v.to(dtype) + (1 - beta2) * g * g
         value = value * (1 - rate * weight_decay)
         value = value - rate / corrections[0] * mean / (square.sqrt() / corrections[1].sqrt() + eps)
-        assign(m, mean, skip)
-        assign(v, square, skip)
-        assign(p, value, skip)
-    follow(params, averages, copies, ema_decay, skip)
+        assign(m, mean, skip, bits[1])
+        assign(v, square, skip, bits[2])
+        assign(p, value, skip, bits[0])
+    follow(params, averages, copies, ema_decay, skip, draws)
     return norm

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlocal.reference.rounding import random_bits, rounded
+
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of arithmetic: float64 where one of them is, else float32."""
@@ -45,9 +47,9 @@ def prepared_gradients(
     return wide, norm, None if found_inf is None else (found_inf != 0).reshape(())
 
 
-def assign(t: Tensor, value: Tensor, skip: Tensor | None) -> None:
+def assign(t: Tensor, value: Tensor, skip: Tensor | None, bits: Tensor | None = None) -> None:
     """t = value in t's dtype, or nothing where skip."""
-    value = value.to(t.dtype)
+    value = rounded(value, t.dtype, bits)
     t.copy_(value if skip is None else torch.where(skip, t, value))
 
 
@@ -57,16 +59,24 @@ def follow(
     copies: Sequence[Tensor],
     ema_decay: float | Tensor | None,
     skip: Tensor | None,
+    draws: Sequence[Sequence[Tensor | None]] | None = None,
 ) -> None:
     """After the update: averages of the new parameters, and copies of them in another dtype."""
-    for p, average in zip(params, averages):
+    for i, (p, average) in enumerate(zip(params, averages)):
         wide = wide_dtype(p, average)
         weight = 1 - ema_decay  # type: ignore[operator]
         if isinstance(weight, Tensor):
             weight = weight.to(wide).reshape(())
-        assign(average, average.to(wide).lerp(p.to(wide), weight), skip)
+        assign(average, average.to(wide).lerp(p.to(wide), weight), skip, draws[i][3] if draws else None)
     for p, copy in zip(params, copies):
         assign(copy, p, skip)
+
+
+def draw_bits(params: Sequence[Tensor], counts: Sequence[Tensor], seed: int | None) -> list[list[Tensor | None]]:
+    """For each parameter what `random_bits` gives; without a seed None, four times. `counts`: steps, with this one."""
+    if seed is None:
+        return [[None] * 4 for _ in params]
+    return [[*random_bits(p, seed, i, count)] for i, (p, count) in enumerate(zip(params, counts, strict=True))]
 
 
 @torch.no_grad()
@@ -89,6 +99,9 @@ def fused_sgd_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     check: bool = False,
+    steps: Sequence[Tensor] = (),
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> Tensor | None:
     """See `fastlocal.ops.fused_sgd_`. Every tensor is rounded once, when it is written; the average is that of the
     parameter as it was written."""
@@ -97,6 +110,7 @@ def fused_sgd_(
     wide, norm, skip = prepared_gradients(
         grads, maximize=maximize, max_norm=max_norm, grad_scale=grad_scale, found_inf=found_inf, check=check
     )
+    draws = draw_bits(params, [step + 1 for step in steps], seed if rounding == "stochastic" else None)
     for i, (p, g) in enumerate(zip(params, wide, strict=True)):
         value = p.to(wide_dtype(p, g))
         g = g.to(value.dtype)
@@ -105,8 +119,10 @@ def fused_sgd_(
         if momentum_buffers:
             buffer = g if first else momentum * momentum_buffers[i].to(value.dtype) + (1 - dampening) * g
             g = g + momentum * buffer if nesterov else buffer
-            assign(momentum_buffers[i], buffer, skip)
+            assign(momentum_buffers[i], buffer, skip, draws[i][1])
         rate = lr.to(value.dtype).reshape(()) if isinstance(lr, Tensor) else lr
-        assign(p, value - rate * g, skip)
-    follow(params, averages, copies, ema_decay, skip)
+        assign(p, value - rate * g, skip, draws[i][0])
+    for step in steps:
+        assign(step, step + 1, skip)
+    follow(params, averages, copies, ema_decay, skip, draws)
     return norm

@@ -189,7 +189,7 @@ def call(name, impl, dtype=torch.float32):
     return (
         case.params, case.grads, *case.state, case.averages, case.copies, *rate, *o.get("betas", (0.9, 0.999)), 1e-8,
         o.get("weight_decay", 0.01), o.get("maximize", False), None, o.get("ema_decay", 0.0), o.get("max_norm"),
-        o.get("grad_scale"), o.get("found_inf"), o.get("check", False), impl,
+        o.get("grad_scale"), o.get("found_inf"), o.get("check", False), None, impl,
     )  # fmt: skip
 
 

@@ -188,7 +188,8 @@ def call(name, impl, dtype=torch.float32):
     return (
         case.params, case.grads, buffers, case.averages, case.copies, *rate, o.get("weight_decay", 0.0), momentum,
         o.get("dampening", 0.0), o.get("nesterov", False), o.get("maximize", False), o.get("first", False), None,
-        o.get("ema_decay", 0.0), o.get("max_norm"), o.get("grad_scale"), o.get("found_inf"), o.get("check", False), impl,
+        o.get("ema_decay", 0.0), o.get("max_norm"), o.get("grad_scale"), o.get("found_inf"), o.get("check", False),
+        [], None, impl,
     )  # fmt: skip
 
 
