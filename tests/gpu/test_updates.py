@@ -12,6 +12,7 @@ from fastlocal import ops
 from fastlocal.ops import FusedAdamW, FusedSGD, ema_update_, fused_adamw_, fused_sgd_
 from tests.gpu.device import DEVICE, INTERPRETED, MARKS, ON_CUDA, no_sync
 from tests.ops.lists import MANY, SHAPES, Update, check_lists, clones, draw, same_bits
+from tests.ops.test_fused_rounding import Exact
 
 pytestmark = MARKS
 IMPL = "triton" if ON_CUDA or INTERPRETED else "reference"
@@ -149,6 +150,31 @@ def test_a_run_of_the_optimizer(rule: str) -> None:
         torch.testing.assert_close(x.detach(), y.detach(), rtol=1e-5, atol=1e-6)
 
 
+@rules
+def test_stochastic_rounding_draws_the_bits_of_the_reference(rule: str) -> None:
+    case = Exact(rule, [*MANY[:5], (2049,), (20001,), (4, 6, 5, 3)])
+    expected = case.run("reference").written
+    for name in ("params", "grads", "state", "squares", "averages", "steps"):
+        setattr(case, name, [t.to(DEVICE) for t in getattr(case, name)])
+    for impl in (IMPL, "aten", "reference"):
+        assert same_bits([t.cpu() for t in case.run(impl).written], expected), impl
+    bad = case.run(IMPL, found_inf=torch.ones((), device=DEVICE)).written
+    assert same_bits([t.cpu() for t in bad], [t.cpu() for t in case.written])
+
+
+@rules
+@pytest.mark.skipif(not ON_CUDA, reason="too large for one program after the other")
+def test_stochastic_rounding_is_unbiased(rule: str) -> None:
+    """Two million equal elements, a thousand steps below half a unit in the last place: as far as in float32."""
+    p = nn.Parameter(torch.ones(2_000_000, dtype=torch.bfloat16, device=DEVICE))
+    face = FACES[rule]([p], lr=1e-4, weight_decay=0.0, rounding="stochastic", impl=IMPL)
+    p.grad = torch.ones_like(p)
+    for _ in range(1000):
+        with no_sync():
+            face.step()
+    assert abs(float(p.detach().double().mean()) - 0.9) < 1e-4
+
+
 @pytest.mark.gpu
 @rules
 @pytest.mark.parametrize("fresh", [True, False])
@@ -198,6 +224,35 @@ def test_a_graph_with_changed_rates_and_gradients(rule: str, fresh: bool) -> Non
         assert same_bits([t.cpu() for t in case.written], [t.cpu() for t in eager.written])
         assert found.item() == own["found_inf"].item() == (i == 3)
         torch.testing.assert_close(norm, expected, equal_nan=True)
+
+
+@pytest.mark.gpu
+@rules
+def test_a_graph_draws_anew_at_each_replay(rule: str) -> None:
+    """As a run without a graph: the steps on the device are the counter."""
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        params = [nn.Parameter(t.to(DEVICE, torch.bfloat16)) for t in draw([(1000,), (65537,), (3,)])]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        made.append((params, FACES[rule](params, lr=1e-3, rounding="stochastic", seed=5, impl="triton")))
+    (a, mine), (b, other) = made
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        mine.step()
+    torch.cuda.current_stream().wait_stream(side)
+    other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mine.step()
+    for _ in range(4):
+        with no_sync():
+            graph.replay()
+        other.step()
+        assert same_bits([t.detach().cpu() for t in a], [t.detach().cpu() for t in b])
+    assert all(float(mine.state[p]["step"]) == 5 for p in a)
 
 
 @pytest.mark.gpu
