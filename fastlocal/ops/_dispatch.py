@@ -133,8 +133,8 @@ def as_on_gpu() -> Iterator[None]:
 def fuses(device: torch.device) -> bool:
     """Whether code that can call either an operator or plain modules should call the operator.
 
-    On a CUDA device, and wherever a backend was asked for; on a CPU the modules are as fast (a head's closed-form
-    cross-entropy took 1.5 times as long) and save as little.
+    On a CUDA device, and wherever a backend was asked for. On a CPU the modules are as fast: a head's closed-form
+    cross-entropy took 1.5 times as long.
     """
     name = _request.get().removesuffix("?")
     return name != "reference" and (device.type == "cuda" or name != "auto" or _counting.get())
