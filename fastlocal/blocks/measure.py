@@ -41,7 +41,7 @@ from fastlocal.ops.pool_linear_cross_entropy import triton_launches as _head_lau
 from fastlocal.ops.reconstruction_loss import triton_backward_launches as _reconstruction_backward_launches
 from fastlocal.ops.reconstruction_loss import triton_launches as _reconstruction_launches
 from fastlocal.ops.similarity_matching_loss import launches as _similarity_launches
-from fastlocal.ops.supervised_contrastive_loss import launches as _contrastive_launches
+from fastlocal.ops.supervised_contrastive_loss import triton_launches as _contrastive_launches
 
 __all__ = [
     "LaunchCounter",

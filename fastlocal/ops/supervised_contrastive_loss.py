@@ -1,7 +1,7 @@
 """The supervised contrastive loss as one operator, `torch.ops.fastlocal.supervised_contrastive_loss`.
 
 The gradient of the features is taken with the loss: [B, D] is all that is kept for the backward, and no [B, B] matrix
-outlives the call. Nothing is read back to the host. Deterministic on every backend.
+outlives the call; "triton" makes none at all. Nothing is read back to the host. Deterministic on every backend.
 
 Specification: fastlocal/reference/supervised_contrastive_loss.py.
 """
@@ -31,11 +31,11 @@ __all__ = [
 NAME = "supervised_contrastive_loss"
 
 _library = torch.library.Library("fastlocal", "FRAGMENT")
-# wide_grad: the gradient in the dtype of the arithmetic, not of the features, so that multiplying it by a loss scale later
-# rounds once only. Without needs_grad it comes back as an empty tensor.
+# Either labels [B] or weights [B, B]. wide_grad: the gradient in the dtype of the arithmetic, not of the features, so that
+# multiplying it by a loss scale later rounds once only. Without needs_grad it comes back as an empty tensor.
 _library.define(
-    f"{NAME}(Tensor features, Tensor weights, float temperature, float grad_scale, bool needs_grad, bool wide_grad, "
-    "str impl) -> (Tensor loss, Tensor grad)",
+    f"{NAME}(Tensor features, Tensor? labels, Tensor? weights, float temperature, float grad_scale, bool needs_grad, "
+    "bool wide_grad, str impl) -> (Tensor loss, Tensor grad)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _operator = getattr(torch.ops.fastlocal, NAME).default
@@ -61,7 +61,7 @@ def supervised_contrastive_loss(
         target: class indices, integers [B], or probabilities, floating [B, V], which count as their most probable class.
         temperature: above 0.
         positives: what `fastlocal.reference.positive_weights(target, dtype)` gives, when it is known already; dtype is
-            that of the result. `target` is then not looked at.
+            that of the result. `target` is then not looked at. "triton" needs no such matrix, and reads it where it is given.
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
     Returns:
@@ -71,10 +71,10 @@ def supervised_contrastive_loss(
         ArgumentError: shapes, dtypes or a temperature that do not fit.
         BackendError: `impl` cannot serve the call.
     """
-    weights = _prepare(features, target, temperature, positives, impl)
+    labels, weights = _prepare(features, target, temperature, positives, impl)
     if torch.is_grad_enabled() and features.requires_grad:
-        return _Function.apply(features, weights, temperature, impl or "auto")
-    return _operator(features, weights, temperature, 1.0, False, True, impl or "auto")[0]
+        return _Function.apply(features, labels, weights, temperature, impl or "auto")
+    return _operator(features, labels, weights, temperature, 1.0, False, True, impl or "auto")[0]
 
 
 def supervised_contrastive_loss_value_and_grad(
@@ -98,15 +98,17 @@ def supervised_contrastive_loss_value_and_grad(
     Raises:
         As `supervised_contrastive_loss`.
     """
-    weights = _prepare(features, target, temperature, positives, impl)
+    labels, weights = _prepare(features, target, temperature, positives, impl)
     with torch.no_grad():
-        return _operator(features, weights, temperature, grad_scale, True, False, impl or "auto")
+        return _operator(features, labels, weights, temperature, grad_scale, True, False, impl or "auto")
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weights: Tensor, temperature: float, impl: str) -> Tensor:
-        loss, grad = _operator(features, weights, temperature, 1.0, True, True, impl)
+    def forward(
+        ctx: Any, features: Tensor, labels: Tensor | None, weights: Tensor | None, temperature: float, impl: str
+    ) -> Tensor:
+        loss, grad = _operator(features, labels, weights, temperature, 1.0, True, True, impl)
         ctx.save_for_backward(grad)
         ctx.dtype = features.dtype
         return loss
@@ -115,13 +117,13 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = ctx.saved_tensors
-        return (grad if is_one(grads[0]) else grad * grads[0]).to(ctx.dtype), None, None, None
+        return (grad if is_one(grads[0]) else grad * grads[0]).to(ctx.dtype), None, None, None, None
 
 
 def _prepare(
     features: Tensor, target: Tensor, temperature: float, positives: Positives | None, impl: str | None
-) -> Tensor:
-    """Checks the call and returns the weights of the pairs."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks the call and returns the labels, or the weights of the pairs."""
     if features.dim() != 2 or not features.is_floating_point():
         raise ArgumentError(
             f"features has shape {list(features.shape)} and {features.dtype}; give a floating-point [B, D]"
@@ -137,47 +139,80 @@ def _prepare(
                 f"target has shape {list(target.shape)} and {target.dtype}; features {list(features.shape)} take class "
                 f"indices [{rows}] or floating-point probabilities [{rows}, V]"
             )
-        positives = positive_weights(target, wide)
+        _same_device(target, features)
+        return class_indices(target), None
     weights = positives[0]
     if weights.shape != (rows, rows) or weights.dtype != wide:
         raise ArgumentError(
             f"positives has weights of shape {list(weights.shape)} and {weights.dtype}; features "
             f"{list(features.shape)} take [{rows}, {rows}] in {wide}: fastlocal.reference.positive_weights(target, {wide})"
         )
-    if weights.device != features.device:
+    _same_device(weights, features)
+    return None, weights
+
+
+def _same_device(labels: Tensor, features: Tensor) -> None:
+    if labels.device != features.device:
         raise ArgumentError(
-            f"target or positives is on {weights.device} and features on {features.device}; move them to one device"
+            f"target or positives is on {labels.device} and features on {features.device}; move them to one device"
         )
-    return weights
 
 
 class Signature(NamedTuple):
     """All that the choice of a backend depends on."""
 
     device: str
+    triton: str | None
+    dtype: torch.dtype
 
 
 def _signature(features: Tensor, *_: Any, **__: Any) -> Signature:
-    return Signature(features.device.type)
+    return Signature(*_dispatch.platform(features.device), features.dtype)
+
+
+def _reject_triton(s: Signature) -> str | None:
+    if s.triton is not None:
+        return s.triton
+    if s.dtype == torch.float64:
+        return "float64; the kernel accumulates in float32"
+    if s.device == "cpu" and s.dtype == torch.bfloat16:
+        return "bfloat16, which the Triton interpreter computes wrongly; give float32"
+    return None
 
 
 _dispatch.register(
     NAME,
     _signature,
-    [_dispatch.Candidate("aten", lambda s: None), _dispatch.Candidate("reference", lambda s: None)],
+    [
+        _dispatch.Candidate("triton", _reject_triton),
+        _dispatch.Candidate("aten", lambda s: None),
+        _dispatch.Candidate("reference", lambda s: None),
+    ],
 )
 
 
 def _run(
     features: Tensor,
-    weights: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
     temperature: float,
     grad_scale: float,
     needs_grad: bool,
     wide_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    if _dispatch.choose(NAME, _signature(features), impl) == "aten":
+    chosen = _dispatch.choose(NAME, _signature(features), impl)
+    wide = wide_dtype(features)
+    if chosen == "triton":
+        from fastlocal.triton_kernels import supervised_contrastive_loss as kernels  # Triton is optional
+
+        dtype = (wide if wide_grad else features.dtype) if needs_grad else None
+        loss, found = kernels.launch(features, labels, weights, temperature, grad_scale, dtype)
+        return loss, features.new_empty(0) if found is None else found
+    if weights is None:
+        assert labels is not None
+        weights = positive_weights(labels, wide)[0]
+    if chosen == "aten":
         loss, grad = _aten(features, weights, temperature, grad_scale, needs_grad)
     else:
         loss, grad = closed_form(features, weights, temperature, grad_scale)
@@ -188,7 +223,8 @@ def _run(
 
 def _fake(
     features: Tensor,
-    weights: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
     temperature: float,
     grad_scale: float,
     needs_grad: bool,
@@ -205,13 +241,10 @@ def _without_autocast(*args: Any) -> tuple[Tensor, Tensor]:
         return _operator(*args)
 
 
-def launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Kernels that one call of torch.ops.fastlocal.supervised_contrastive_loss launches, by "aten"."""
+def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Kernels that one call of torch.ops.fastlocal.supervised_contrastive_loss launches where Triton serves it."""
     call = dict(zip((argument.name for argument in _operator._schema.arguments), args)) | kwargs
-    narrow = call["features"].dtype != wide_dtype(call["features"])
-    if not call["needs_grad"]:
-        return 9 + narrow
-    return 17 + narrow + (narrow and not call["wide_grad"])
+    return 3 if len(call["features"]) else 1
 
 
 _library.impl(NAME, _run, "CompositeExplicitAutograd")  # every device: _dispatch looks at where the tensors are
