@@ -30,13 +30,13 @@ from fastlocal.ops.bn_act import backward_launches as _bn_act_backward_launches
 from fastlocal.ops.bn_act import forward_launches as _bn_act_forward_launches
 from fastlocal.ops.bn_act_pool import backward_launches as _pool_backward_launches
 from fastlocal.ops.bn_act_pool import forward_launches as _pool_forward_launches
-from fastlocal.ops.class_goodness_cross_entropy import _run as _run_class_goodness
-from fastlocal.ops.class_goodness_cross_entropy import _run_backward as _run_class_goodness_backward
+from fastlocal.ops.class_goodness_cross_entropy import triton_backward_launches as _class_goodness_backward_launches
+from fastlocal.ops.class_goodness_cross_entropy import triton_launches as _class_goodness_launches
 from fastlocal.ops.fused_adamw import triton_launches as _adamw_launches
 from fastlocal.ops.fused_sgd import triton_launches as _sgd_launches
 from fastlocal.ops.goodness_loss import triton_backward_launches as _goodness_backward_launches
 from fastlocal.ops.goodness_loss import triton_launches as _goodness_launches
-from fastlocal.ops.norm_linear_cross_entropy import _run as _run_norm_linear
+from fastlocal.ops.norm_linear_cross_entropy import triton_launches as _norm_linear_launches
 from fastlocal.ops.pool_linear_cross_entropy import triton_launches as _head_launches
 from fastlocal.ops.reconstruction_loss import triton_backward_launches as _reconstruction_backward_launches
 from fastlocal.ops.reconstruction_loss import triton_launches as _reconstruction_launches
@@ -99,30 +99,6 @@ _METADATA |= {"sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_has
 _NO_KERNEL = _ALLOCATIONS | _METADATA
 _MULTI_TENSOR = ("_foreach_", "_fused_sgd", "_fused_adam", "_fused_adagrad", "_amp_foreach_")
 _REDUCTIONS = {"_foreach_norm", "_foreach_max", "_foreach_powsum"}
-
-
-def _by_aten(name: str, run: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
-    """The launches of an operator without kernels of its own: those of the ATen calls of its body, `run`.
-
-    It runs on tensors without data, so the count is exact and nothing is computed.
-    """
-    arguments = [argument.name for argument in getattr(torch.ops.fastlocal, name).default._schema.arguments]
-
-    def launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        call = dict(zip(arguments, args)) | kwargs | {"impl": "aten"}
-        with LaunchCounter() as counter:
-            run(**{argument: _without_data(value) for argument, value in call.items()})
-        return counter.total
-
-    return launches
-
-
-def _without_data(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
 _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] = {
     "fastlocal::bn_act_forward": _bn_act_forward_launches,
     "fastlocal::bn_act_backward": _bn_act_backward_launches,
@@ -131,13 +107,11 @@ _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] =
     "fastlocal::bn_act_pool_backward": _pool_backward_launches,
     "fastlocal::fused_adamw_": _adamw_launches,
     "fastlocal::fused_sgd_": _sgd_launches,
-    "fastlocal::class_goodness_cross_entropy": _by_aten("class_goodness_cross_entropy", _run_class_goodness),
-    "fastlocal::class_goodness_cross_entropy_backward": _by_aten(
-        "class_goodness_cross_entropy_backward", _run_class_goodness_backward
-    ),
+    "fastlocal::class_goodness_cross_entropy": _class_goodness_launches,
+    "fastlocal::class_goodness_cross_entropy_backward": _class_goodness_backward_launches,
     "fastlocal::goodness_loss": _goodness_launches,
     "fastlocal::goodness_loss_backward": _goodness_backward_launches,
-    "fastlocal::norm_linear_cross_entropy": _by_aten("norm_linear_cross_entropy", _run_norm_linear),
+    "fastlocal::norm_linear_cross_entropy": _norm_linear_launches,
     "fastlocal::pool_linear_cross_entropy": _head_launches,
     "fastlocal::reconstruction_loss": _reconstruction_launches,
     "fastlocal::reconstruction_loss_backward": _reconstruction_backward_launches,

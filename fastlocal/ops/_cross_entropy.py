@@ -1,11 +1,17 @@
-"""Softmax cross-entropy of a head's logits with its gradient, in few ATen calls; and the checks of its arguments."""
+"""Softmax cross-entropy of a head's logits with its gradient, in few ATen calls; the checks of its arguments; and what
+the operators have in common that end in it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlocal.errors import ArgumentError
+
+MAX_CLASSES = 4096  # a row of logits lives in registers
+COUNT_ROWS = 4096  # up to so many rows each Triton program adds up itself what the loss is divided by
 
 
 def check_target(
@@ -42,6 +48,24 @@ def check_dtypes(**tensors: Tensor | None) -> None:
         raise ArgumentError(
             f"{', '.join(tensors)} are {dtypes}; give float16, bfloat16 or float32 throughout, or float64"
         )
+
+
+def reject_triton(s: Any) -> str | None:
+    """Why the kernels cannot serve a signature with device, triton, dtypes and classes, or None."""
+    if s.triton is not None:
+        return s.triton
+    if torch.float64 in s.dtypes:
+        return "float64; the kernel accumulates in float32"
+    if s.classes > MAX_CLASSES:
+        return f"{s.classes} classes; a row of at most {MAX_CLASSES} lives in registers"
+    if s.device == "cpu" and torch.bfloat16 in s.dtypes:
+        return "bfloat16, which the Triton interpreter computes wrongly; give float32"
+    return None
+
+
+def counts_in_kernel(target: Tensor) -> bool:
+    """Whether each Triton program adds up itself what the loss is divided by."""
+    return target.is_floating_point() or target.shape[0] <= COUNT_ROWS
 
 
 def cross_entropy_and_grad(

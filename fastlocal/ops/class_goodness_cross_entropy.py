@@ -12,6 +12,8 @@ Specification: fastlocal/reference/class_goodness_cross_entropy.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,14 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
-from fastlocal.ops._cross_entropy import check_dtypes, check_target, correct_rows, cross_entropy_and_grad
+from fastlocal.ops._cross_entropy import (
+    check_dtypes,
+    check_target,
+    correct_rows,
+    counts_in_kernel,
+    cross_entropy_and_grad,
+    reject_triton,
+)
 from fastlocal.ops._seed import is_one
 from fastlocal.reference._precision import wide_dtype
 from fastlocal.reference.class_goodness_cross_entropy import closed_form, flat_positions, grad_of, with_margin
@@ -234,16 +243,34 @@ class Signature(NamedTuple):
     """All that the choice of a backend depends on."""
 
     device: str
+    triton: str | None
+    dtypes: tuple[torch.dtype, ...]
+    classes: int
 
 
-def _signature(x: Tensor, *_: Any, **__: Any) -> Signature:
-    return Signature(x.device.type)
+def _signature(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    num_classes: int | None = None,
+    **_: Any,
+) -> Signature:
+    device, triton = _dispatch.platform(x.device)
+    dtypes = tuple(t.dtype for t in (x, weight, bias, target) if t is not None)
+    classes = num_classes if weight is None else weight.shape[0]
+    return Signature(device, triton, dtypes, classes or 1)
 
 
 _dispatch.register(
     NAME,
     _signature,
-    [_dispatch.Candidate("aten", lambda s: None), _dispatch.Candidate("reference", lambda s: None)],
+    [
+        _dispatch.Candidate("triton", reject_triton),
+        _dispatch.Candidate("aten", lambda s: None),
+        _dispatch.Candidate("reference", lambda s: None),
+    ],
 )
 
 
@@ -269,10 +296,10 @@ def _run(
     impl: str,
 ) -> Result:
     args = (x, weight, bias, target, num_classes, scale, margin, label_smoothing, ignore_index, grad_scale)
-    if _dispatch.choose(NAME, _signature(x), impl) == "aten":
-        loss, correct, factor, *grads = _aten(*args, needs)
-    else:
-        loss, correct, factor, *grads = closed_form(*args)
+    chosen = _dispatch.choose(NAME, _signature(x, weight, bias, target, num_classes=num_classes), impl)
+    loss, correct, factor, *grads = (
+        closed_form(*args) if chosen == "reference" else _fast(*args, needs, chosen == "triton")
+    )
     out = []
     for grad, like, needed in zip(grads, (weight, bias), needs[1:]):
         if needed:
@@ -280,7 +307,7 @@ def _run(
             out.append(grad if wide_grads else grad.to(like.dtype))
         else:
             out.append(x.new_empty(0))
-    return loss, correct, factor if needs[0] else x.new_empty(0), out[0], out[1]
+    return loss, correct, x.new_empty(0) if factor is None or not needs[0] else factor, out[0], out[1]
 
 
 def _fake(
@@ -314,7 +341,8 @@ def _run_backward(
 ) -> Tensor:
     grad = torch.empty_like(x)
     scaled = factor if grad_loss is None else factor * grad_loss
-    if _dispatch.choose(NAME, _signature(x), impl) != "aten":
+    signature = _signature(x, weight, bias, factor, num_classes=factor.shape[1])
+    if _dispatch.choose(NAME, signature, impl) == "reference":
         return grad.copy_(grad_of(x, weight, bias, scaled))
     if weight is not None:
         return _aten_grad_of(x, weight, bias, scaled, grad)
@@ -328,6 +356,41 @@ def _fake_backward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor, grad_loss: Tensor | None, impl: str
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Kernels that one call of torch.ops.fastlocal.class_goodness_cross_entropy launches where Triton serves it."""
+    call = dict(zip((argument.name for argument in _operator._schema.arguments), args)) | kwargs
+    x, weight, bias, needs = call["x"], call["weight"], call["bias"], call["needs"]
+    launches = _copies(x) + (len(x) > 0) + 1 + (not counts_in_kernel(call["target"]))
+    if weight is None:
+        return launches
+    narrow = [t is not None and t.dtype != torch.float32 for t in (x, weight, bias)]
+    gram = uses_gram(x.shape[1], x[0:1, 0:1].numel() if len(x) else 1, call["num_classes"])
+    launches += sum(narrow) + ((4 if bias is None else 8) if gram else 3)
+    launches += needs[1] * (1 if gram else 3) + needs[2] * (2 if gram else 3)
+    return launches + (0 if call["wide_grads"] else sum(need and n for need, n in zip(needs[1:], narrow[1:])))
+
+
+def triton_backward_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The same of torch.ops.fastlocal.class_goodness_cross_entropy_backward."""
+    call = dict(zip((argument.name for argument in _backward._schema.arguments), args)) | kwargs
+    x, weight, bias, factor = call["x"], call["weight"], call["bias"], call["factor"]
+    launches = call["grad_loss"] is not None
+    if weight is None:
+        return launches + 1
+    launches += _copies(x) + sum(t is not None and t.dtype != torch.float32 for t in (x, weight, bias))
+    if uses_gram(x.shape[1], prod(x.shape[2:]), factor.shape[1]):
+        launches += 3 + (0 if bias is None else 2)
+    else:
+        launches += 3
+    return launches + (x.dtype != torch.float32 or _copies(torch.empty_like(x, device="meta")))
+
+
+def _copies(x: Tensor) -> bool:
+    """Whether `flat_positions` is no view."""
+    inner = [(size, stride) for size, stride in zip(x.shape[2:], x.stride()[2:]) if size != 1]
+    return x.numel() > 0 and any(a[1] != b[0] * b[1] for a, b in pairwise(inner))
 
 
 def _without_autocast(*args: Any) -> Result:
@@ -349,7 +412,7 @@ torch.library.register_fake(f"fastlocal::{NAME}", _fake, lib=_library)
 torch.library.register_fake(f"fastlocal::{NAME}_backward", _fake_backward, lib=_library)
 
 
-def _aten(
+def _fast(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -361,16 +424,20 @@ def _aten(
     ignore_index: int,
     grad_scale: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The closed form in few ATen calls."""
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The closed form in few ATen calls; where Triton serves, groups of channels and the cross-entropy by its kernels."""
     wide = wide_dtype(x)
     channels, positions = x.shape[1], x[0:1, 0:1].numel() if len(x) else 1
     terms = positions
     products = mapped = None
     if weight is None:
         terms *= channels // num_classes
-        groups = x.unflatten(1, (num_classes, -1))
-        squares = torch.linalg.vector_norm(groups, dim=tuple(range(2, groups.dim())), dtype=wide).square_()
+        if triton:
+            squares = flat_positions(x)  # squared and added up in the kernel
+        else:
+            groups = x.unflatten(1, (num_classes, -1))
+            squares = torch.linalg.vector_norm(groups, dim=tuple(range(2, groups.dim())), dtype=wide).square_()
     else:
         flat, w = flat_positions(x).to(wide), weight.to(wide)
         b = None if bias is None else bias.to(wide)
@@ -379,24 +446,28 @@ def _aten(
         else:
             grid = _map(flat, w, b)
             squares = torch.linalg.vector_norm(grid, dim=2).square_()
-    scores = squares.mul_(scale / terms)
-    loss, grad = cross_entropy_and_grad(
-        with_margin(scores, target, margin, ignore_index),
-        target,
-        label_smoothing,
-        ignore_index,
-        grad_scale * 2 * scale / terms,
-        any(needs),
-    )
+    options = (label_smoothing, ignore_index, grad_scale * 2 * scale / terms, any(needs))
+    grad: Tensor | None
+    if triton:
+        from fastlocal.triton_kernels import class_cross_entropy as kernels  # Triton is optional
+
+        loss, correct, grad, *_ = kernels.launch(
+            squares, target, num_classes, scale / terms, margin, *options, counts_in_kernel(target)
+        )
+    else:
+        scores = squares.mul_(scale / terms)
+        loss, grad = cross_entropy_and_grad(with_margin(scores, target, margin, ignore_index), target, *options)
+        correct = correct_rows(scores, target, ignore_index)
     grad_weight = grad_bias = None
-    if weight is not None and needs[1]:
-        if products is not None:
-            grad_weight = torch.einsum("nk,nck->kc", grad, products)
-        else:
-            grad_weight = torch.bmm(grid * grad[:, :, None], flat.transpose(1, 2)).sum(0)
-    if weight is not None and needs[2]:
-        grad_bias = (grad * (grid.sum(2) if mapped is None else mapped)).sum(0)
-    return loss, correct_rows(scores, target, ignore_index), grad, grad_weight, grad_bias
+    if weight is not None and grad is not None:
+        if needs[1]:
+            if products is not None:
+                grad_weight = torch.einsum("nk,nck->kc", grad, products)
+            else:
+                grad_weight = torch.bmm(grid * grad[:, :, None], flat.transpose(1, 2)).sum(0)
+        if needs[2]:
+            grad_bias = (grad * (grid.sum(2) if mapped is None else mapped)).sum(0)
+    return loss, correct, grad, grad_weight, grad_bias
 
 
 def _map(flat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -432,13 +503,10 @@ def _aten_grad_of(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor
         right, shift = flat, None if b is None else torch.mm(factor * b, w)[:, :, None]
     else:
         left, right, shift = w.t().expand(rows, -1, -1), _map(flat, w, b).mul_(factor[:, :, None]), None
-    into = flat_positions(grad)
-    if grad.dtype == wide and into.data_ptr() == grad.data_ptr():  # a view
-        out = into
-    else:
-        out = torch.empty_like(flat)
+    direct = grad.dtype == wide and not _copies(grad)
+    out = flat_positions(grad) if direct else torch.empty_like(flat)
     if shift is None:
         torch.bmm(left, right, out=out)
     else:
         torch.baddbmm(shift, left, right, out=out)
-    return grad if out is into else grad.copy_(out.reshape(grad.shape))
+    return grad if direct else grad.copy_(out.view(grad.shape))

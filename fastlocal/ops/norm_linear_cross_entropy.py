@@ -10,6 +10,7 @@ Specification: fastlocal/reference/norm_linear_cross_entropy.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError
 from fastlocal.ops import _dispatch
-from fastlocal.ops._cross_entropy import check_dtypes, check_target, correct_rows, cross_entropy_and_grad
+from fastlocal.ops._cross_entropy import (
+    check_dtypes,
+    check_target,
+    correct_rows,
+    counts_in_kernel,
+    cross_entropy_and_grad,
+    reject_triton,
+)
 from fastlocal.ops._seed import is_one
 from fastlocal.reference._precision import wide_dtype
 from fastlocal.reference.norm_linear_cross_entropy import BASES, EPS, closed_form, matrix
@@ -205,16 +213,24 @@ class Signature(NamedTuple):
     """All that the choice of a backend depends on."""
 
     device: str
+    triton: str | None
+    dtypes: tuple[torch.dtype, ...]
+    classes: int
 
 
-def _signature(x: Tensor, *_: Any, **__: Any) -> Signature:
-    return Signature(x.device.type)
+def _signature(x: Tensor, weight: Tensor, target: Tensor, **_: Any) -> Signature:
+    device, triton = _dispatch.platform(x.device)
+    return Signature(device, triton, (x.dtype, weight.dtype, target.dtype), weight.shape[0])
 
 
 _dispatch.register(
     NAME,
     _signature,
-    [_dispatch.Candidate("aten", lambda s: None), _dispatch.Candidate("reference", lambda s: None)],
+    [
+        _dispatch.Candidate("triton", reject_triton),
+        _dispatch.Candidate("aten", lambda s: None),
+        _dispatch.Candidate("reference", lambda s: None),
+    ],
 )
 
 
@@ -233,8 +249,11 @@ def _run(
     impl: str,
 ) -> Result:
     args = (x, weight, target, basis, scale, normalize_weight, label_smoothing, ignore_index, grad_scale)
+    chosen = _dispatch.choose(NAME, _signature(x, weight, target), impl)
     loss: Tensor
-    if _dispatch.choose(NAME, _signature(x), impl) == "aten":
+    if chosen == "triton":
+        loss, correct, *grads = _triton(*args, needs)
+    elif chosen == "aten":
         loss, correct, *grads = _aten(*args, needs)
     else:
         loss, correct, *grads = closed_form(*args)
@@ -268,6 +287,25 @@ def _fake(
     return x.new_empty((), dtype=wide), x.new_empty((), dtype=torch.int64), out[0], out[1]
 
 
+def triton_launches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Kernels that one call of torch.ops.fastlocal.norm_linear_cross_entropy launches where Triton serves it."""
+    call = dict(zip((argument.name for argument in _operator._schema.arguments), args)) | kwargs
+    x, weight, basis, needs = call["x"], call["weight"], call["basis"], call["needs"]
+    normalize = call["normalize_weight"]
+    narrow = [t.dtype != torch.float32 for t in (x, weight)]
+    made = {"weight": narrow[1], "sine": 3, "square": 4}[basis]  # the matrix
+    launches = _copies(x) + narrow[0] + made + (len(x) > 0) + normalize + 1  # lengths, product
+    launches += (len(x) > 0) + 1 + (not counts_in_kernel(call["target"]))
+    launches += 2 * needs[0] + needs[1] * (1 + normalize)
+    return launches + (0 if call["wide_grads"] else sum(need and n for need, n in zip(needs, narrow)))
+
+
+def _copies(x: Tensor) -> bool:
+    """Whether flattening a row takes a copy."""
+    inner = [(size, stride) for size, stride in zip(x.shape[1:], x.stride()[1:]) if size != 1]
+    return x.numel() > 0 and any(a[1] != b[0] * b[1] for a, b in pairwise(inner))
+
+
 def _without_autocast(*args: Any) -> Result:
     with torch.autocast(args[0].device.type, enabled=False):
         return _operator(*args)
@@ -277,6 +315,51 @@ _library.impl(NAME, _run, "CompositeExplicitAutograd")  # every device: _dispatc
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl(NAME, _without_autocast, _key)
 torch.library.register_fake(f"fastlocal::{NAME}", _fake, lib=_library)
+
+
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    basis: str,
+    scale: float,
+    normalize_weight: bool,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The form of `_aten` with lengths and cross-entropy by kernels, which apply the lengths to the small matrices."""
+    from fastlocal.triton_kernels import class_cross_entropy as kernels  # Triton is optional
+
+    flat = x.flatten(1).to(torch.float32)
+    w = matrix(weight, basis, flat.shape[1], torch.float32)
+    loss, correct, grad, along, w_along = kernels.launch(
+        torch.mm(flat, w.t()),
+        target,
+        len(w),
+        scale,
+        0.0,
+        label_smoothing,
+        ignore_index,
+        grad_scale * scale,
+        any(needs),
+        counts_in_kernel(target),
+        kernels.lengths(flat),
+        kernels.lengths(w) if normalize_weight else None,
+        normalize_weight and needs[1],
+        EPS,
+    )
+    grad_x = grad_w = None
+    if needs[0]:
+        assert grad is not None and along is not None
+        grad_x = torch.mm(grad, w).addcmul_(flat, along[:, None], value=-1)
+    if needs[1]:
+        assert grad is not None
+        grad_w = torch.mm(grad.t(), flat)
+        if w_along is not None:
+            grad_w.addcmul_(w, w_along[:, None], value=-1)
+    return loss, correct, grad_x, grad_w
 
 
 def _aten(

@@ -392,7 +392,8 @@ def test_launches_are_those_that_the_counter_is_told(dtype, classes, form, kind)
             MODULE._run(*call)
         with LaunchCounter() as outside:
             OPERATOR(*call)
-        assert outside.total == inside.total > 3
+        # What Triton launches, whichever backend serves.
+        assert outside.total == MODULE.triton_launches(call, {}) <= inside.total - 4
     factor = torch.randn(6, classes)
     for grad_loss in (None, torch.ones(())):
         call = (*args[:3], factor, grad_loss, "aten")
@@ -400,7 +401,7 @@ def test_launches_are_those_that_the_counter_is_told(dtype, classes, form, kind)
             MODULE._run_backward(*call)
         with LaunchCounter() as outside:
             BACKWARD(*call)
-        assert outside.total == inside.total > 0
+        assert outside.total == inside.total == MODULE.triton_backward_launches(call, {}) > 0
 
 
 @pytest.mark.parametrize("form", FORMS)

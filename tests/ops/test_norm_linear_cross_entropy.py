@@ -383,7 +383,7 @@ def test_launches_are_those_that_the_counter_is_told(dtype, basis, kind):
             MODULE._run(*call)
         with LaunchCounter() as outside:
             OPERATOR(*call)
-        assert outside.total == inside.total > 3
+        assert outside.total == MODULE.triton_launches(call, {}) <= inside.total - 4  # what Triton launches
 
 
 def test_what_it_saves():
