@@ -99,7 +99,7 @@ def moments(x, o_c, begin, end, A, C, S, tiles_s, BA: tl.constexpr, BC: tl.const
         o, m, first = place(t, o_c, A, C, S, tiles_s, BA, BC, BS)
         b_sum += tl.load(x + o, mask=m, other=0.0).to(tl.float32)
         count += tl.minimum(A - first, BA) * tl.minimum(S - (t % tiles_s) * BS, BS)
-    n = count.to(tl.float32)
+    n = count.to(tl.float32)  # type: ignore[attr-defined]
     mean = total(b_sum) / n
     b_off = tl.zeros([BA, BC, BS], dtype=tl.float32)
     b_squares = tl.zeros([BA, BC, BS], dtype=tl.float32)

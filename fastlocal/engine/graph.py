@@ -218,7 +218,9 @@ def _flat(dicts: list[dict[Any, Any]]) -> list[Any]:
 
 _data_ptr = Tensor.data_ptr
 _requires_grad = operator.attrgetter("requires_grad")
-_fused_options = operator.attrgetter("max_norm", "check", "master", "impl", "_averages", "_ema_decay")
+_fused_options = operator.attrgetter(
+    "max_norm", "check", "master", "impl", "rounding", "seed", "_averages", "_ema_decay"
+)
 
 
 class Stamp:

@@ -520,9 +520,11 @@ def test_what_changes_between_steps_is_captured_anew(change: Callable[[fl.Engine
 def test_options_of_a_fused_optimizer_and_settings_are_captured_anew() -> None:
     pair = Pair(localized(), fused_adamw)
     averages: list[list[Tensor]] = []
-    for i in range(18):
+    for i in range(24):
         if i == 5:
             pair.each(lambda e: [setattr(o, "max_norm", 0.01) for o in e.optimizer.blocks])
+        if i == 19:
+            pair.each(lambda e: [setattr(o, "seed", 7) for o in e.optimizer.blocks])
         if i == 9:
             for engine in pair.both:
                 inner: Any = engine.optimizer.blocks[0]
@@ -533,7 +535,7 @@ def test_options_of_a_fused_optimizer_and_settings_are_captured_anew() -> None:
             pair.step(*batch(i))
     assert all(torch.equal(a, b) for a, b in zip(*averages))
     pair.check()
-    assert pair.graphs.captures == 4
+    assert pair.graphs.captures == 5
 
 
 def test_what_is_undone_or_set_anew_to_the_same_keeps_the_graph() -> None:

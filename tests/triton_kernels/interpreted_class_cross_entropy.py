@@ -186,3 +186,10 @@ def test_the_choice_and_reasons():
 
 def test_kernels_are_interpreted():
     assert type(kernels.fl_class_cross_entropy_row_kernel).__name__ == "InterpretedFunction"
+
+
+def test_lengths_of_strided_rows():
+    x = torch.randn(6, 4200, generator=torch.Generator().manual_seed(0))
+    for rows in (x, x[::2, ::2], x[:, :37].t()):
+        want = rows.double().square().sum(1).sqrt()
+        torch.testing.assert_close(kernels.lengths(rows).double(), want, rtol=1e-6, atol=0)
