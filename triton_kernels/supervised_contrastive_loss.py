@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlocal.reference.supervised_contrastive_loss import EPS as NORM_EPS
 from fastlocal.triton_kernels import configs
 
-EPS = tl.constexpr(NORM_EPS)
+EPS = tl.constexpr(1e-12)  # of F.normalize, as in the specification
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 # Left to itself, ptxas spills a register or two here to fit one block more.
 OPTIONS = {} if torch.version.hip else {"maxnreg": 240}

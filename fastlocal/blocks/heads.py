@@ -264,7 +264,9 @@ class InfoProHead(nn.Module):
 
     def _contrast(self, features: Tensor, ctx: StepContext) -> Tensor:
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        positives = ctx.once(("positives", dtype), lambda: losses.positive_weights(ctx.target, dtype))
+        positives = None  # a kernel compares the labels itself
+        if not fuses(features.device):
+            positives = ctx.once(("positives", dtype), lambda: losses.positive_weights(ctx.target, dtype))
         return losses.supervised_contrastive_loss(features, ctx.target, self.temperature, positives)
 
 

@@ -17,18 +17,18 @@ BY_NAME = {case.name: case for case in CASES}
 
 # (forward and backwards, optimizer, safety): the engine's, then the plain loop's first two.
 LAUNCHES = {
-    "R32 BP": ((237, 3, 19), (268, 10)),
-    "R32 InfoPro K16 contrast": ((1075, 16, 36), (1151, 25)),
-    "R32 AugLocal K16 d2": ((799, 14, 38), (912, 29)),
-    "R32 AugLocal K16 d5": ((962, 11, 39), (1098, 34)),
-    "R32 DGL K16, AugLocal's head": ((874, 16, 40), (995, 30)),
-    "R32 PredSim K16, AugLocal's form": ((910, 16, 34), (956, 15)),
-    "R32 InfoPro-CE K16": ((857, 16, 36), (933, 25)),
-    "R32 DGL K16": ((1025, 16, 40), (1160, 36)),
-    "R32 PredSim K16": ((902, 16, 34), (948, 15)),
-    "R110 BP": ((784, 7, 28), (892, 29)),
-    "R110 AugLocal K55 d3": ((3298, 52, 106), (3765, 108)),
-    "R110 DGL K55, AugLocal's head": ((3074, 55, 103), (3504, 99)),
+    "R32 BP": ((171, 3, 19), (268, 10)),
+    "R32 InfoPro K16 contrast": ((686, 16, 36), (941, 25)),
+    "R32 AugLocal K16 d2": ((491, 14, 38), (912, 29)),
+    "R32 AugLocal K16 d5": ((624, 11, 39), (1098, 34)),
+    "R32 DGL K16, AugLocal's head": ((613, 16, 40), (995, 30)),
+    "R32 PredSim K16, AugLocal's form": ((784, 16, 34), (956, 15)),
+    "R32 InfoPro-CE K16": ((626, 16, 36), (933, 25)),
+    "R32 DGL K16": ((734, 16, 40), (1160, 36)),
+    "R32 PredSim K16": ((776, 16, 34), (948, 15)),
+    "R110 BP": ((562, 7, 28), (892, 29)),
+    "R110 AugLocal K55 d3": ((2048, 52, 106), (3765, 108)),
+    "R110 DGL K55, AugLocal's head": ((2150, 55, 103), (3504, 99)),
 }
 
 
@@ -44,9 +44,38 @@ def test_launches_are_exactly_these(row: Row) -> None:
     assert counted == LAUNCHES[row.case.name], ledger.operators(row)
     assert plain.safety == 0
     assert engine.launches < plain.launches
-    # The largest parts run as often in both: what the engine saves, it saves beside them.
-    for op in ("convolution", "convolution_backward", "native_batch_norm", "native_batch_norm_backward", "addmm", "mm"):
-        assert engine.by_op["gradients"].get(f"aten::{op}") == plain.by_op["gradients"].get(f"aten::{op}"), op
+    # Convolutions are PyTorch's in both; a weight's gradient that needs an activation again is a call of its own.
+    ours, theirs = engine.by_op["gradients"], plain.by_op["gradients"]
+    assert ours["aten::convolution"] == theirs["aten::convolution"]
+    assert (
+        theirs["aten::convolution_backward"] <= ours["aten::convolution_backward"] < 1.7 * theirs["aten::convolution"]
+    )
+    # Small maps: one launch for a norm with all that follows it, each way, two norms together where a shortcut has one.
+    norms = sum(count for op, count in ours.items() if op.startswith("fastlocal::bn_act") and "forward" in op)
+    assert norms <= theirs["aten::native_batch_norm"]
+    assert "aten::native_batch_norm" not in ours
+
+
+TARGETS = {"R110 AugLocal K55 d3": 0.55, "R110 DGL K55, AugLocal's head": 0.60}
+
+
+def test_the_deepest_cases_launch_little_more_than_half(row: Row) -> None:
+    if (target := TARGETS.get(row.case.name)) is not None:
+        assert row.case.official is not None
+        assert row.engine.gradients <= target * row.case.official.launches
+
+
+@pytest.mark.parametrize(
+    ("name", "launches"), [("R110 AugLocal K55 d3", 2126), ("R110 DGL K55, AugLocal's head", 2224)]
+)
+def test_a_batch_of_128_launches_a_few_more(name: str, launches: int) -> None:
+    """Its largest maps, 16 channels of 32x32, take two launches for a norm each way. On tensors without contents."""
+    case = BY_NAME[name]
+    assert case.official is not None and launches <= TARGETS[name] * case.official.launches
+    model, x, y = ledger.build(case, 2)
+    plan = fl.plan(model, (x, y), rows=128, device="h100", optimizer=lambda named: ledger.SGD(named))
+    (_, optimizer, safety), _ = LAUNCHES[name]
+    assert plan.launches == pytest.approx(launches + optimizer + safety, rel=0.015)
 
 
 def test_every_unit_and_head_runs_once_each_way(row: Row) -> None:
@@ -113,9 +142,9 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     title, heads, bp, predsim, *rest = capsys.readouterr().out.splitlines()
     assert heads.split()[:2] == ["case", "fwd/bwd"] and title.split()[0] == "passes"
     assert bp.startswith("R32 BP ") and predsim.startswith("R32 PredSim K16 ")
-    assert bp.split()[2:10] == ["1/1", "69", "69", "268", "268", "237", "0.88", "278"]
-    assert bp.split()[10:15] == ["259", "19", "0.93", "2.37", "2.38"]
-    assert predsim.split()[3:9] == ["1/1", "-", "105", "-", "948", "902"]
+    assert bp.split()[2:10] == ["1/1", "69", "69", "268", "268", "171", "0.64", "278"]
+    assert bp.split()[10:15] == ["193", "19", "0.69", "2.37", "1.81"]
+    assert predsim.split()[3:9] == ["1/1", "-", "105", "-", "948", "776"]
     assert len({len(line) for line in (heads, bp, predsim)}) == 1
     assert any(line.split() == ["optimizer", "aten::_fused_sgd_", "0", "3"] for line in rest)
     record = json.loads(file.read_text())

@@ -91,3 +91,9 @@ def test_config_is_pure_and_bounded():
         assert c == kernels.config(rows) and all(b >= 16 and b & (b - 1) == 0 for b in c[:2])
     for width in (1, 16, 31, 128, 2048):
         assert all(b >= 16 and b & (b - 1) == 0 for b in kernels.blocks(width))
+
+
+def test_the_smallest_norm_is_the_specification_s():
+    from fastlocal.reference import supervised_contrastive_loss as name  # the function hides its module
+
+    assert kernels.EPS.value == sys.modules[name.__module__].EPS
