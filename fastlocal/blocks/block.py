@@ -149,7 +149,8 @@ class Block:
         head = [p for p in self.head_parameters() if p.requires_grad]
         own = [p for _, p in self.backbone_parameters() if p.requires_grad] if h.grad_fn is not None else []
         with outside_autocast(h):
-            grads = list(torch.autograd.grad(loss, [z, *head] if z.requires_grad else head, allow_unused=True))
+            wanted = [z, *head] if z.requires_grad else head
+            grads = list(torch.autograd.grad(loss, wanted, _seed(loss, ctx), allow_unused=True))
             grad_out = grads.pop(0) if z.requires_grad else None
             below = (
                 torch.autograd.grad(h, own, grad_out, allow_unused=True)
@@ -180,11 +181,12 @@ def start_backward(loss: Tensor, ctx: StepContext, scale: Tensor | None = None) 
     """
     if not loss.requires_grad:
         return
-    if scale is None:
-        seed = ctx.once(("seed", loss.dtype, loss.device, loss.shape), lambda: ones(loss))
-    else:
-        seed = scale.to(loss.dtype).expand_as(loss)
-    torch.autograd.backward(loss, seed)
+    torch.autograd.backward(loss, _seed(loss, ctx) if scale is None else scale.to(loss.dtype).expand_as(loss))
+
+
+def _seed(loss: Tensor, ctx: StepContext) -> Tensor:
+    """The one that backward starts from, which operators know by sight (`fastlocal.ops._seed`)."""
+    return ctx.once(("seed", loss.dtype, loss.device, loss.shape), lambda: ones(loss))
 
 
 def exclusive(grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -140,3 +140,18 @@ def test_saved_bytes_of_a_basic_block_with_head() -> None:
         peaks.append(saved.peak / rows / 1024)
     assert peaks[0] >= 320
     assert peaks[1] <= 0.62 * peaks[0], peaks
+
+
+def test_nothing_is_multiplied_by_one() -> None:
+    """At both levels a backward starts from a one that the operators know."""
+    model = localized("resnet", "auglocal")
+    x, y = batches(1, torch.float32)[0]
+    with gpu() as counter:
+        loss = model(x, y).loss
+    assert counter.by_op["aten::ones_like"] == 1 and counter.by_op["aten::_foreach_mul"] == 0
+    with gpu() as counter:
+        (loss * 2).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with gpu() as counter:
+        fl.Engine(model, sgd).step(x, y)
+    assert counter.by_op["aten::ones_like"] == 1 and counter.by_op["aten::_foreach_mul"] == 0
