@@ -399,7 +399,8 @@ def fewest_blocks(builder: _Builder, budget: int, rows: int | None) -> int:
             own.criterion = _fake_model(own.criterion, fakes)
         call = builder.args, builder.kwargs, builder.target
         own.args, own.kwargs, own.target = tree_map_only(Tensor, _fake, call)
-        search = _Search(own, _OPTIMIZERS["momentum"], DEVICES["cpu-core"], made, fakes)
+        on_gpu = any(p.device.type == "cuda" for p in builder.net.parameters())  # only the operators matter here
+        search = _Search(own, _OPTIMIZERS["momentum"], DEVICES["h100" if on_gpu else "cpu-core"], made, fakes)
         try:
             return search.fewest(budget, rows, "memory_budget")[0]
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:

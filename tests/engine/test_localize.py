@@ -173,7 +173,7 @@ def make(method: str) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
 
 
 def planned(model: fl.LocalModel, x: Tensor, rows: int) -> int:
-    return fl.plan(model, x, rows=rows).peak_bytes
+    return fl.plan(model, x, rows=rows, device="cpu-core").peak_bytes
 
 
 @pytest.mark.parametrize("method", ["dgl", "auglocal", "predsim"])

@@ -134,9 +134,9 @@ def test_bad_values_are_named(name, options, message):
 
 def test_import_needs_no_optional_package():
     code = (
-        "import sys, fastlocal.models\n"
-        "optional = {'torchvision', 'timm', 'transformers', 'lightning', 'triton', 'matplotlib', 'sklearn'}\n"
-        "bad = optional & set(sys.modules)\n"
-        "raise SystemExit(f'imported {bad}' if bad else 0)"
+        "import sys, torch\n"
+        "for name in ('torchvision', 'timm', 'transformers', 'lightning', 'triton', 'matplotlib', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"  # whoever imports one of these fails
+        "import fastlocal.models"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -83,7 +83,7 @@ def by_hand(model: fl.LocalModel, data: list[tuple[Tensor, Tensor]]) -> tuple[li
             if block.head is None:
                 loss, logits = nn.functional.cross_entropy(output, y), output
             else:
-                loss, _, logits = block.head(seen[block.name], StepContext(y, x, cross_entropy))
+                loss, _, logits, _ = block.head(seen[block.name], StepContext(y, x, cross_entropy))
             losses[k] += loss.item() * len(y)
             hits[k] = None if logits is None else hits[k] + int((logits.argmax(1) == y).sum())
     model.train()
