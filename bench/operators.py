@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,15 +36,16 @@ class Variant(NamedTuple):
     graph: bool = True
 
 
-class Case:
+class Case(ABC):
     """An operator at one size."""
 
     operator: str  # in fastlocal.ops; its kernels stand in the module of that name without a trailing underscore
     dtype: torch.dtype
 
     @property
+    @abstractmethod
     def size(self) -> str:
-        raise NotImplementedError
+        """The shape, in short."""
 
     @property
     def name(self) -> str:
@@ -53,20 +55,21 @@ class Case:
     def kernel(self) -> str:
         return self.operator.removesuffix("_")
 
+    @abstractmethod
     def inputs(self, device: str) -> Inputs:
-        raise NotImplementedError
+        """What the call takes, on that device."""
 
+    @abstractmethod
     def must_move(self) -> int:
         """Bytes that no implementation can avoid to read and write."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ours(self, impl: str | None = None) -> Call:
         """The operator, forward and backward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rivals(self, compiled: Compile) -> dict[str, Variant]:
         """What there is without fastlocal, the first being plain eager PyTorch."""
-        raise NotImplementedError
 
     def variants(self, inputs: Inputs, compiled: Compile) -> dict[str, Variant]:
         """Rivals, and the operator as it is chosen and through ATen if it has that form."""

@@ -791,6 +791,8 @@ def _plan_step(
     with before:
         engine = _Watched(model, optimizer, precision=made["precision"], update=made["update"])
         engine_bytes = before.current
+        engine._guard.waits = device.memory is not None  # a device's step reads no flag, a host's reads each
+        engine.steps = 1  # and looks at the targets' values in its first step only
         _fill_state(engine)
     state = [t for s in engine.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
     plan = Plan(

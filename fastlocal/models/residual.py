@@ -1,5 +1,6 @@
 """Residual blocks and the network both ResNet families are made of (He et al. 2016, arXiv:1512.03385)."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,9 +31,9 @@ class _Residual(nn.Module):
     dropout: nn.Module | None
     downsample: nn.Sequential | None
 
+    @abstractmethod
     def _main(self, x: Tensor) -> tuple[Tensor, nn.Module]:
         """The main path up to its last norm, and that norm."""
-        raise NotImplementedError
 
     def _shortcut(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The shortcut, or what goes into the norm that ends it, and that norm."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal.ops._dispatch import fuses
-from fastlocal.ops.bn_act import bn_act
+from fastlocal.ops.bn_act import bn_act, plainly_called
 from fastlocal.ops.bn_act_conv import bn_act_conv
 from fastlocal.ops.bn_act_pool import bn_act_pool
 
@@ -27,13 +27,7 @@ _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody watches or replaces this module's call, so that it must not be left out."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return plainly_called(module) is not None
 
 
 def activation(module: nn.Module | None) -> dict[str, Any] | None:

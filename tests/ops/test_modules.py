@@ -107,6 +107,21 @@ def test_members_with_hooks_are_called(at):
     assert seen == [(2, 4, 8, 8)]
 
 
+def test_hooks_on_all_modules_see_every_member():
+    net = FusedSequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4), nn.ReLU(), AvgPool())
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        with as_on_gpu():
+            net(torch.randn(2, 3, 8, 8))
+            unit, calls = BasicBlock(3, 4, 2), len(seen)
+            unit(torch.randn(2, 3, 8, 8))
+    finally:
+        handle.remove()
+    assert seen[:calls] == [*map(type, net), FusedSequential]
+    assert seen[calls:].count(nn.ReLU) == 2 and seen[calls:].count(nn.BatchNorm2d) == 3
+
+
 def test_hooks_inside_residual_blocks_are_called():
     for name in ("conv1", "bn1", "relu", "conv2", "bn2", "downsample", "downsample.0", "downsample.1"):
         unit, calls = BasicBlock(3, 4, 2), []
