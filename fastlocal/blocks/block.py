@@ -55,6 +55,7 @@ class Block:
         slots: its trainable parameters in the backbone, found by walking the autograd graph, never assumed.
         buffers: its buffers in the backbone.
         random: whether its forward draws random numbers.
+        links: rules that fire at points of this block's part of a step (`fastlocal.blocks.links`).
     """
 
     index: int
@@ -66,6 +67,7 @@ class Block:
     buffers: tuple[Slot, ...] = ()
     random: bool = False
     cost: BlockCost = field(default_factory=BlockCost)
+    links: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         # Found once: walking the head's modules at every step would cost more than its small kernels.
@@ -116,6 +118,12 @@ class Block:
             raise TypeError(f"block {self.index} ({self.name}) is the last one: its loss is the task loss")
         return self.head(h, ctx)
 
+    def fire(self, when: str) -> None:
+        """Fires the links of this point; under ``torch.no_grad()``, where nothing is trained, none."""
+        for link in self.links:
+            if link.when == when and torch.is_grad_enabled():
+                link.fire()
+
     def local_gradient(
         self,
         h: Tensor,
@@ -131,8 +139,28 @@ class Block:
         z = h.detach().requires_grad_(h.requires_grad)
         with autocast or nullcontext():
             local = self.local_loss(z, ctx)
+        self.fire("between_forward_and_backward")
         start_backward(local.loss, ctx, scale)
         return local, z.grad
+
+    def split_gradients(
+        self,
+        h: Tensor,
+        ctx: StepContext,
+        scale: Tensor | None = None,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> tuple[LocalLoss, Tensor | None, Tensor | None]:
+        """`local_gradient` in two: of the loss that trains this block alone, and of the one that reaches blocks before it."""
+        own, shared = (h.detach().requires_grad_(h.requires_grad) for _ in range(2))
+        with autocast or nullcontext():
+            local = self._split_loss(own, shared, ctx)
+        self.fire("between_forward_and_backward")
+        start_backward(local.loss, ctx, scale)
+        return local, own.grad, shared.grad
+
+    def _split_loss(self, own: Tensor, shared: Tensor, ctx: StepContext) -> LocalLoss:
+        parts = getattr(self.head, "parts", None)
+        return self.local_loss(shared, ctx) if parts is None else parts(own, shared, ctx)
 
     def take_gradients(
         self, h: Tensor, ctx: StepContext, scale: Tensor | None = None
@@ -143,21 +171,51 @@ class Block:
         """
         z = h.detach().requires_grad_(h.requires_grad)
         local = self.local_loss(z, ctx)
+        self.fire("between_forward_and_backward")
         loss = local.loss if scale is None else local.loss * scale
         if not loss.requires_grad:
             return local, [], []
-        head = [p for p in self.head_parameters() if p.requires_grad]
-        own = [p for _, p in self.backbone_parameters() if p.requires_grad] if h.grad_fn is not None else []
-        with outside_autocast(h):
-            wanted = [z, *head] if z.requires_grad else head
-            grads = list(torch.autograd.grad(loss, wanted, _seed(loss, ctx), allow_unused=True))
-            grad_out = grads.pop(0) if z.requires_grad else None
-            below = (
-                torch.autograd.grad(h, own, grad_out, allow_unused=True)
-                if own and grad_out is not None
-                else [None] * len(own)
-            )
+        head, (grad_out,), grads = self._head_gradients(loss, [z], ctx)
+        own, below = self.take_backward(h, grad_out)
         return local, [*own, *head], exclusive([*below, *grads])
+
+    def take_split_gradients(
+        self, h: Tensor, ctx: StepContext
+    ) -> tuple[LocalLoss, list[nn.Parameter], list[Tensor | None], Tensor | None, Tensor | None]:
+        """`split_gradients` with nothing accumulated: the loss, the head's parameters and their gradients, and the two at ``h``."""
+        leaves = [h.detach().requires_grad_(h.requires_grad) for _ in range(2)]
+        local = self._split_loss(leaves[0], leaves[1], ctx)
+        self.fire("between_forward_and_backward")
+        if not local.loss.requires_grad:
+            return local, [], [], None, None
+        head, (own, shared), grads = self._head_gradients(local.loss, leaves, ctx)
+        return local, head, exclusive(grads), own, shared
+
+    def _head_gradients(
+        self, loss: Tensor, leaves: list[Tensor], ctx: StepContext
+    ) -> tuple[list[nn.Parameter], list[Tensor | None], list[Tensor | None]]:
+        """The head's trainable parameters, the gradients of ``loss`` at the leaves, and at those parameters."""
+        head = [p for p in self.head_parameters() if p.requires_grad]
+        inputs = [z for z in leaves if z.requires_grad]
+        with outside_autocast(loss):
+            grads: list[Tensor | None] = list(
+                torch.autograd.grad(loss, [*inputs, *head], _seed(loss, ctx), allow_unused=True)
+            )
+        return head, grads[: len(inputs)] if inputs else [None for _ in leaves], grads[len(inputs) :]
+
+    def take_backward(self, h: Tensor, grad_out: Tensor | None) -> tuple[list[nn.Parameter], list[Tensor | None]]:
+        """`backward` with nothing accumulated: the trainable parameters of the backbone and their gradients."""
+        own = [p for _, p in self.backbone_parameters() if p.requires_grad] if h.grad_fn is not None else []
+        if not own or grad_out is None:
+            return own, [None] * len(own)
+        with outside_autocast(h):
+            return own, list(torch.autograd.grad(h, own, grad_out, allow_unused=True))
+
+    def backward_into(self, h: Tensor, grad_out: Tensor | None) -> None:
+        """`backward` that leaves out the gradient at the block's input, where that is a leaf to which one could go."""
+        wanted = [p for _, p in self.backbone_parameters() if p.requires_grad]
+        if grad_out is not None and h.grad_fn is not None and wanted:
+            torch.autograd.backward(h, grad_out, inputs=wanted)
 
     @staticmethod
     def backward(h: Tensor, grad_out: Tensor | None) -> None:

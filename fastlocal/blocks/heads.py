@@ -337,3 +337,37 @@ def classifier_net_imagenet(in_channels: int, num_classes: int) -> FusedSequenti
         *conv_bn_relu(512, 2048, 1),
     ]
     return FusedSequential(*layers, AvgPool(), nn.Linear(2048, num_classes))
+
+
+class NoHead(nn.Module):
+    """For a block that only the losses of later blocks train (``Method.window`` above 1): loss 0, no parameters."""
+
+    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        return LocalLoss(ctx.once(("zero", dtype), lambda: torch.zeros((), dtype=dtype, device=h.device)), {}, None)
+
+
+class CascadeHead(nn.Module):
+    """Two heads of a method whose losses reach several blocks (HPFF, MLAAN).
+
+    Args:
+        own: head of the loss that trains this block alone, ``(h, ctx) -> LocalLoss``, or None.
+        shared: head of the loss that trains this block and the ``Method.window - 1`` blocks before it, or None.
+    """
+
+    def __init__(self, own: nn.Module | None, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.own, self.shared = own, shared
+
+    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        return self.parts(h, h, ctx)
+
+    def parts(self, own: Tensor, shared: Tensor, ctx: StepContext) -> LocalLoss:
+        """The sum of both losses, each of an activation of its own. The scores are the shared head's where it has any."""
+        parts = [head(h, ctx) for head, h in ((self.own, own), (self.shared, shared)) if head is not None]
+        if len(parts) == 1:
+            return parts[0]
+        first, second = parts
+        scores = second if second.logits is not None or second.correct is not None else first
+        terms = {**{f"own.{name}": term for name, term in first.terms.items()}, **second.terms}
+        return LocalLoss(first.loss + second.loss, terms, scores.logits, scores.correct)

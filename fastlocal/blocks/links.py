@@ -1,12 +1,25 @@
-"""Links: rules by which one module's weights feed another's."""
+"""Links: rules by which one module's weights feed another's.
+
+A link says in ``when`` at which point of a step it fires:
+
+- ``"before_step"``: before a step begins, outside of a captured graph, so it may count on the host;
+- ``"before_forward"``: at the start of every forward;
+- ``"between_forward_and_backward"`` of block ``block``: after its head's loss, before any gradient is taken;
+- ``"after_backward"`` of block ``block``: after its gradients were taken, before any block that the link reads is updated.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from torch import nn
 
 from fastlocal.blocks.block import Slot
+from fastlocal.errors import ArgumentError
+from fastlocal.ops.ema_update import ema_update_
 
 
 @dataclass
@@ -20,6 +33,75 @@ class CopyLink:
     owner: Slot
     copy: Slot
 
+    when: ClassVar[str] = "before_forward"
+    block: ClassVar[int] = -1
+
     @torch.no_grad()
-    def refresh(self) -> None:
+    def fire(self) -> None:
         self.copy.value.copy_(self.owner.value)
+
+
+@dataclass
+class EMALink:
+    """``target = decay * target + (1 - decay) * source`` for the parameters of two modules of one architecture.
+
+    Buffers are left alone. Under ``update="immediate"`` a link that fires after the backward of block k and reads a later
+    block sees that block's parameters as they were before this step's update, as every order of updates does.
+
+    Attributes:
+        block: the block that it belongs to.
+        sources, targets: slots of as many parameters.
+        decay: weight of the past, from 0 to 1.
+        when: ``"after_backward"`` or ``"between_forward_and_backward"``.
+    """
+
+    block: int
+    sources: tuple[Slot, ...]
+    targets: tuple[Slot, ...]
+    decay: float
+    when: str = "after_backward"
+
+    @classmethod
+    def of(
+        cls, block: int, source: nn.Module, target: nn.Module, decay: float, when: str = "after_backward"
+    ) -> EMALink:
+        """From all parameters of ``source`` to those of ``target``. Raises ArgumentError where they do not match."""
+        pairs = [_slots(source), _slots(target)]
+        if [(s.name, s.value.shape) for s in pairs[0]] != [(t.name, t.value.shape) for t in pairs[1]]:
+            raise ArgumentError(
+                f"source: {type(source).__name__} and {type(target).__name__} do not have the same parameters; "
+                "a link averages modules of one architecture"
+            )
+        return cls(block, pairs[0], pairs[1], decay, when)
+
+    @torch.no_grad()
+    def fire(self) -> None:
+        if not self.targets:
+            return
+        averages, sources = [slot.value for slot in self.targets], [slot.value for slot in self.sources]
+        if self.when != "between_forward_and_backward":
+            ema_update_(averages, sources, self.decay)
+            return
+        # The official code writes through `.data` here: the backward that follows reads the new weights, unnoticed.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(averages)):  # type: ignore[attr-defined]
+            ema_update_(averages, sources, self.decay)
+
+
+Link = CopyLink | EMALink
+"""What `fastlocal.methods.Method.links` returns; any object with ``when``, ``block`` and ``fire()`` will do."""
+
+
+def _slots(module: nn.Module) -> tuple[Slot, ...]:
+    return tuple(
+        Slot(f"{path}.{key}" if path else key, owner, key)
+        for path, owner in module.named_modules()
+        for key, value in owner._parameters.items()
+        if value is not None
+    )
+
+
+def fire(links: Sequence[Link], when: str, block: int | None = None) -> None:
+    """Fires the links of this point, of one block or of all."""
+    for link in links:
+        if link.when == when and (block is None or link.block == block):
+            link.fire()

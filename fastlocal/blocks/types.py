@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from fastlocal.errors import ArgumentError
 
 
 class LocalLoss(NamedTuple):
@@ -25,19 +28,48 @@ class LocalLoss(NamedTuple):
 
     @classmethod
     def of(
-        cls, *terms: tuple[str, Tensor, float], logits: Tensor | None = None, correct: Tensor | None = None
+        cls,
+        *terms: tuple[str, Tensor, float],
+        logits: Tensor | None = None,
+        correct: Tensor | None = None,
+        weighted: bool = False,
     ) -> LocalLoss:
-        """The weighted sum of ``(name, value, weight)``; a weight of one costs no multiplication."""
-        parts = [value if weight == 1.0 else value * weight for _, value, weight in terms]
-        loss = parts[0]
-        for part in parts[1:]:
-            loss = loss + part
+        """The weighted sum of ``(name, value, weight)``; a weight of one costs no multiplication.
+
+        ``weighted``: the backward of each value multiplies by its weight already (``grad_scale`` of the operators of
+        ``fastlocal.ops``), so the sum hands its own gradient on as it is.
+        """
+        values = [value for _, value, _ in terms]
+        weights = [float(weight) for _, _, weight in terms]
+        if weighted and (len(terms) > 1 or weights != [1.0]):
+            loss = _WeightedSum.apply(weights, *values)
+        else:
+            parts = [value if weight == 1.0 else value * weight for value, weight in zip(values, weights)]
+            loss = parts[0]
+            for part in parts[1:]:
+                loss = loss + part
         return cls(
             loss,
-            {name: (value.detach(), float(weight)) for name, value, weight in terms},
+            {name: (value.detach(), weight) for (name, value, _), weight in zip(terms, weights)},
             None if logits is None else logits.detach(),
             correct,
         )
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The sum of weights times values, where the values' own backwards multiply by the weights: two launches and none."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: list[float], *values: Tensor) -> Tensor:
+        ctx.count = len(values)
+        first, *rest = torch._foreach_mul(values, weights)
+        for part in rest:
+            first += part
+        return first
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *[grads[0]] * ctx.count  # the very tensor: operators know a one by sight
 
 
 @dataclass
@@ -45,12 +77,15 @@ class StepContext:
     """What every head of one training step may read: targets, the raw input, the task loss, and a cache that lives one step.
 
     ``cache`` holds what depends on the batch only (label masks, the restored image), so K heads compute it once; use ``once``.
+    ``boundary`` is the detached input of the block whose head runs (the output of the block before), for methods with
+    ``reads_boundary``; None for block 0, whose input is ``input``.
     """
 
     target: Tensor
     input: Tensor | None
     criterion: Callable[[Tensor, Tensor], Tensor]
     cache: dict[Any, Any] = field(default_factory=dict)
+    boundary: Tensor | None = None
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """``compute()`` at the first call with this key in the step, its result at every later one."""
@@ -65,7 +100,7 @@ class Site:
 
     ``shape`` is the boundary activation without its batch: (C, H, W), (T, D) or (D,). ``dense``: one target per token.
     ``widths`` has one width per unit where the net declares them. ``net`` is the backbone, for ``make_unit`` and
-    ``make_readout``; a head must not keep it.
+    ``make_readout``; a head must not keep it. ``unit_names`` are the names of all units.
     """
 
     index: int
@@ -80,6 +115,19 @@ class Site:
     widths: list[int] | None
     net: nn.Module
     first_unit: int
+    unit_names: tuple[str, ...] = ()
+
+    @property
+    def next_unit(self) -> nn.Module:
+        """The first unit of the next block. Raises ArgumentError where the net's units are not modules."""
+        name = self.unit_names[self.unit + 1] if self.unit + 1 < len(self.unit_names) else ""
+        module = dict(self.net.named_modules()).get(name) if name else None
+        if module is None:
+            raise ArgumentError(
+                f"method: its heads are made like the unit after '{self.name}', but {type(self.net).__name__} has no module "
+                f"{name!r} there; give it units() whose names are modules, or other cuts"
+            )
+        return module
 
     @property
     def is_image(self) -> bool:

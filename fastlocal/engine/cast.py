@@ -1,13 +1,14 @@
 """Low-precision weights of one block at a time, cast together.
 
 Autocast casts every weight by itself and every weight gradient back: two small kernels and two autograd nodes a weight. A block's
-weights are all known before it runs, so here they are cast in one multi-tensor launch into a scratch buffer that all blocks
-share, and their gradients come back in another. The numbers are autocast's.
+weights are all known before it runs, so here they are cast in one multi-tensor launch into a scratch buffer that blocks share
+whose graphs do not live together, and their gradients come back in another. The numbers are autocast's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,15 @@ class CastWeights:
     Args:
         blocks: in order.
         dtype: bfloat16 or float16.
+        alive: blocks in a row whose graphs live at the same time.
     """
 
-    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype):
+    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, alive: int = 1):
         self._slots = [[slot for slot in block.parameter_slots() if _casts(slot)] for block in blocks]
         self._dtype = dtype
-        self._scratch: Tensor | None = None
+        self._scratch: list[Tensor | None] = [None] * alive
         self._lows: dict[int, list[Tensor]] = {}
-        self._masters: list[Tensor] = []
-        self._inside: int | None = None
+        self._masters: dict[int, list[Tensor]] = {}  # of the blocks that are inside
 
     @torch.no_grad()
     def enter(self, k: int) -> None:
@@ -43,24 +44,29 @@ class CastWeights:
         masters = [slot.value for slot in slots]
         lows = self._lows.get(k)
         if lows is None or any(_differs(low, p) for low, p in zip(lows, masters, strict=True)):
-            lows = self._lows[k] = self._place(masters)
+            lows = self._lows[k] = self._place(k, masters)
         torch._foreach_copy_(lows, masters)
         for slot, low, master in zip(slots, lows, masters, strict=True):
             low.requires_grad_(master.requires_grad)
             slot.module._parameters[slot.key] = low  # type: ignore[assignment]
-        self._masters, self._inside = masters, k
+        self._masters[k] = masters
+
+    def leave(self) -> None:
+        """After the backward of the blocks that are inside, or a failure: their float32 weights are back, with gradients."""
+        for k in list(self._masters):
+            self.leave_block(k)
 
     @torch.no_grad()
-    def leave(self) -> None:
-        """After the block's backward, or its failure: the float32 weights are back, with their gradients."""
-        if self._inside is None:
+    def leave_block(self, k: int) -> None:
+        """The same for block k alone."""
+        masters = self._masters.pop(k, None)
+        if masters is None:
             return
-        k, self._inside = self._inside, None
         into: list[Tensor] = []
         source: list[Tensor] = []
         grown: list[Tensor] = []
         more: list[Tensor] = []
-        for slot, low, master in zip(self._slots[k], self._lows[k], self._masters, strict=True):
+        for slot, low, master in zip(self._slots[k], self._lows[k], masters, strict=True):
             slot.module._parameters[slot.key] = master  # type: ignore[assignment]
             if low.grad is None:
                 continue
@@ -72,30 +78,44 @@ class CastWeights:
                 grown.append(master.grad)
                 more.append(low.grad)
             low.grad = None
-        self._masters = []
         if into:
             torch._foreach_copy_(into, source)
         if grown:
             torch._foreach_add_(grown, more)
 
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """The float32 weights are in place for a while, also of blocks that are inside."""
+        inside = [(slot, low) for k in self._masters for slot, low in zip(self._slots[k], self._lows[k], strict=True)]
+        masters = [master for k in self._masters for master in self._masters[k]]
+        for (slot, _), master in zip(inside, masters, strict=True):
+            slot.module._parameters[slot.key] = master  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for slot, low in inside:
+                slot.module._parameters[slot.key] = low  # type: ignore[assignment]
+
     def abandon(self) -> None:
         """The float32 weights are back, and nothing is launched."""
-        if self._inside is None:
-            return
-        for slot, low, master in zip(self._slots[self._inside], self._lows[self._inside], self._masters, strict=True):
-            slot.module._parameters[slot.key] = master  # type: ignore[assignment]
-            low.grad = None
-        self._masters, self._inside = [], None
+        for k, masters in self._masters.items():
+            for slot, low, master in zip(self._slots[k], self._lows[k], masters, strict=True):
+                slot.module._parameters[slot.key] = master  # type: ignore[assignment]
+                low.grad = None
+        self._masters.clear()
 
-    def _place(self, masters: list[Tensor]) -> list[Tensor]:
-        """Tensors in the shared scratch buffer, with the masters' shapes and strides."""
+    def _place(self, k: int, masters: list[Tensor]) -> list[Tensor]:
+        """Tensors in the scratch buffer of block k, with the masters' shapes and strides."""
         need = sum(p.numel() for p in masters)
-        if self._scratch is None or self._scratch.numel() < need or self._scratch.device != masters[0].device:
-            self._scratch = torch.empty(need, dtype=self._dtype, device=masters[0].device)
-            self._lows.clear()
+        which = k % len(self._scratch)
+        scratch = self._scratch[which]
+        if scratch is None or scratch.numel() < need or scratch.device != masters[0].device:
+            scratch = self._scratch[which] = torch.empty(need, dtype=self._dtype, device=masters[0].device)
+            for other in [i for i in self._lows if i % len(self._scratch) == which]:
+                del self._lows[other]
         lows, at = [], 0
         for p in masters:
-            lows.append(self._scratch.as_strided(p.size(), p.stride(), at).detach())
+            lows.append(scratch.as_strided(p.size(), p.stride(), at).detach())
             at += p.numel()
         return lows
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal.blocks.adapters import logits_of
-from fastlocal.blocks.batch import split_call
+from fastlocal.blocks.batch import first_tensor, split_call
 from fastlocal.blocks.block import Block, start_backward
+from fastlocal.blocks.cascade import Cascade, Done, leaf, scaled_down
+from fastlocal.blocks.links import fire
 from fastlocal.engine.cast import CastWeights
 from fastlocal.engine.clip import Clip
 from fastlocal.engine.graph import StepGraphs
@@ -133,6 +136,11 @@ class Engine:
             raise BackendError(
                 f"backend: 'native' serves on a CPU, the model is on {device.type}; use 'auto' or 'triton'"
             )
+        if PRECISIONS[precision] is torch.float16 and (model.window > 1 or model.summed):
+            raise ArgumentError(
+                f"precision: {precision!r} gives each block's loss a scale of its own, but losses of {model.method.name!r} reach "
+                "several blocks; use 'bf16-mixed' or '32-true'"
+            )
         self.clip = Clip.coerce(clip)
         if self.clip is not None and self.clip.scope == "global" and update != "end":
             raise ArgumentError(
@@ -166,13 +174,14 @@ class Engine:
         self._batch_counts = BatchCounts(model)
         self._reported = 0.0
         self._scales = (
-            [torch.full((), 2.0**14, device=self.device) for _ in range(count)]
+            [torch.full((), 2.0**14, dtype=torch.float32, device=self.device) for _ in range(count)]
             if self._dtype is torch.float16
             else None
         )
         self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
-        self._one = torch.ones((), device=self.device)
-        self._cast = CastWeights(model.blocks, self._dtype) if self._dtype and backend != "reference" else None
+        self._one = torch.ones((), dtype=torch.float32, device=self.device)
+        alive = len(model.blocks) if model.summed else model.window
+        self._cast = CastWeights(model.blocks, self._dtype, alive) if self._dtype and backend != "reference" else None
         self._streams: list[list[Tensor]] | None = None
         self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
         self._updated = 0  # blocks whose update is done in this step
@@ -195,6 +204,8 @@ class Engine:
         """
         call = self._unpack(batch, kwargs)
         self.optimizer.before_step()
+        if self._pending is None:
+            fire(self.model.links, "before_step")
         with self._deterministic(), self._served():
             output = self._run(*call, update=True) if self._graphs is None else self._graphs.step(*call)
         self.optimizer.after_step()
@@ -219,6 +230,8 @@ class Engine:
             As `step`.
         """
         call = self._unpack(batch, kwargs)
+        if self._pending is None:
+            fire(self.model.links, "before_step")
         with self._deterministic(), self._served():
             return self._run(*call, update=False)
 
@@ -256,19 +269,51 @@ class Engine:
         last = len(model.blocks) - 1
         self._updated = 0
 
+        cascade = Cascade(model.window) if model.window > 1 else None
+        summed: list[Tensor] = []  # the losses with their graphs, where the method has no border
+        x = first_tensor((args, kwargs))  # of the block that runs
+
         def train_block(k: int, h: Tensor) -> Tensor:
+            nonlocal x
             block = model.blocks[k]
             self._at = (k, "head and backward")
-            with torch.autocast(self.device.type, enabled=False) if self._dtype else nullcontext():
-                local, grad_out = block.local_gradient(h, ctx, self._start(k), self._autocast())
-                losses.append(local.loss.detach())
-                hits.add(local.logits, local.correct)
-                block.backward(h, grad_out)
-                if self._cast:
-                    self._cast.leave()
-                self._finish(block, losses[-1], update)
+            if model.summed:
+                local = block.local_loss(h, ctx)
+                summed.append(local.loss)
+                after = h
+            else:
+                with torch.autocast(self.device.type, enabled=False) if self._dtype else nullcontext():
+                    if cascade is None:
+                        local, grad_out = block.local_gradient(h, ctx, self._start(k), self._autocast())
+                        losses.append(local.loss.detach())
+                        block.backward(h, grad_out)
+                        close(block)
+                        after = h.detach()
+                    else:
+                        local, own, shared = block.split_gradients(h, ctx, self._start(k), self._autocast())
+                        losses.append(local.loss.detach())
+                        assert x is not None
+                        close_all(cascade.add(block, x, h, own, shared))
+                        self._fire(block, update)
+                        after = x = leaf(h)
+            hits.add(local.logits, local.correct)
+            if model.method.reads_boundary:
+                ctx.boundary = after
             self._enter(k + 1)
-            return h.detach()
+            return after
+
+        def close(block: Block) -> None:
+            """The block has its gradients: updates it."""
+            if self._cast:
+                self._cast.leave_block(block.index)
+            if cascade is None or block.index == last:
+                self._fire(block, update)
+            self._finish(block, losses[block.index], update)
+
+        def close_all(done: Iterable[Done]) -> None:
+            for block, h, grad_out in done:
+                block.backward_into(h, grad_out)
+                close(block)
 
         if self._pending is None:
             self._streams_before = None if self._streams is None else list(self._streams)
@@ -278,20 +323,25 @@ class Engine:
             ctx = model.context(args, kwargs, target)
             self._weigh(target, update)
             self._enter(0)
-            with self._autocast():
-                output = model.run(args, kwargs, train_block)
-                loss = model.final_loss(output, target)
-            losses.append(loss.detach())
-            logits = logits_of(output).detach()
-            hits.add(logits)
-            self._at = (last, "backward")
-            start_backward(loss, ctx, self._start(last))
-            if self._cast:
-                self._cast.leave()
-            self._finish(model.blocks[last], losses[-1], update)
+            with model.passes.applied():
+                with self._autocast():
+                    output = model.run(args, kwargs, train_block)
+                    loss = model.final_loss(output, target)
+                losses.extend(part.detach() for part in (*summed, loss))
+                logits = logits_of(output).detach()
+                hits.add(logits)
+                self._at = (last, "backward")
+                model.blocks[last].fire("between_forward_and_backward")
+                start_backward(functools.reduce(torch.add, summed, loss), ctx, self._start(last))
+                if cascade is not None:
+                    down = None if x is None else x.grad
+                    close_all(cascade.finish(scaled_down(down, model.method.final_share)))
+            for block in model.blocks[: last + 1] if model.summed else model.blocks[last:]:
+                close(block)
             self._leave(last)
             if update and self.update == "end":
                 self._update_all()
+            model.passes.count()
             self._batch_counts.end()
             if update:
                 self._guard.end(self.steps if self._graphs is None else self._graphs.number)
@@ -370,9 +420,17 @@ class Engine:
             finally:
                 del inner.found_inf  # type: ignore[attr-defined]
 
+    def _fire(self, block: Block, update: bool) -> None:
+        """The links after a block's backward, once for an update; with ``update="end"`` they fire when that is certain."""
+        if block.links and update and self.update == "immediate":
+            with self._cast.outside() if self._cast else nullcontext():
+                block.fire("after_backward")
+
     def _update_all(self) -> None:
         """``update="end"``: steps every block, or none if any is not finite."""
         bad = self._guard.any_found()
+        for block in self.model.blocks:
+            block.fire("after_backward")
         if self.clip is not None:
             together = self.clip.scope == "global"
             for params in [[p for block in self._params for p in block]] if together else self._params:

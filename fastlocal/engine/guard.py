@@ -33,10 +33,10 @@ class Guard:
     def __init__(self, blocks: Sequence[Block], device: torch.device, *, together: bool = False):
         self.waits = device.type != "cpu"
         self._together = together
-        self._all_found = torch.zeros(len(blocks), device=device)
+        self._all_found = torch.zeros(len(blocks), dtype=torch.float32, device=device)
         self.found = list(self._all_found.unbind())
-        self.skipped = torch.zeros(len(blocks), device=device)
-        self.first_bad = torch.full((len(blocks),), -1.0, device=device)
+        self.skipped = torch.zeros(len(blocks), dtype=torch.float32, device=device)
+        self.first_bad = torch.full((len(blocks),), -1.0, dtype=torch.float32, device=device)
         self._slots = [(slot, k) for k, block in enumerate(blocks) for slot in block.buffer_slots()]
         self._copies = self._make_copies(self._live())
 

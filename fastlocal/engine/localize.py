@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastlocal.blocks.adapters import Adapter, HookAdapter, logits_of
 from fastlocal.blocks.audit import Audit, audit, sharing_report
 from fastlocal.blocks.batch import TARGET_KEYS, BatchFn, first_tensor, unpack_batch
 from fastlocal.blocks.block import Block, BlockCost, Slot, owned_slots, runs_batch_norm
-from fastlocal.blocks.links import CopyLink
+from fastlocal.blocks.links import CopyLink, fire
 from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
 from fastlocal.blocks.measure import MacCounter, SavedBytes
 from fastlocal.blocks.partition import Units, balanced_cuts, find_units, measure_units, named_cuts, undisturbed
@@ -312,6 +313,7 @@ class _Builder:
         like = next(self.net.parameters())
         made = [self.method.head(site) for site in sites]
         heads = [_as_backbone(_checked_head(head, self.method), like) for head in made]
+        made_links = [*links, *self.method.links(sites, heads)]
         blocks = []
         for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
             buffers = {id(b) for m in found.modules[k] for b in m._buffers.values() if b is not None}
@@ -336,7 +338,8 @@ class _Builder:
             criterion=self.criterion,
             num_classes=self._classes(units),
             batch=self.batch,
-            links=links,
+            links=made_links,
+            passes=self._passes(units, blocks, starts, found),
             check_targets=self.check_targets,
             target_dims=len(units.output_shape) if len(units.output_shape) in (1, 2) else None,
         )
@@ -389,9 +392,32 @@ class _Builder:
                 widths=list(widths) if widths is not None and len(widths) == len(units.names) else None,
                 net=self.net,
                 first_unit=starts[k],
+                unit_names=tuple(units.names),
             )
             for k in range(len(ends) - 1)
         ]
+
+    def _passes(
+        self, units: Units, blocks: list[Block], starts: list[int], found: Audit
+    ) -> list[tuple[_BatchNorm, int]]:
+        """BatchNorms that the published algorithm runs several times in a step, and how often."""
+        if self.method.window == 1 or len(blocks) == 1:
+            return []
+        if any(block.fns is None for block in blocks):
+            raise ArgumentError(
+                f"method: losses of {self.method.name!r} reach over several blocks, which needs a network that can be sliced; give "
+                f"{type(self.net).__name__} units() and readout()"
+            )
+        modules = dict(self.net.named_modules())
+        unit_of = {id(m): i for i, name in enumerate(units.names) if name in modules for m in modules[name].modules()}
+        many = []
+        for k, ran in enumerate(found.modules):
+            for module in dict.fromkeys(ran):
+                if isinstance(module, _BatchNorm) and module.track_running_stats:
+                    passes = self.method.passes(k, len(blocks), unit_of.get(id(module), starts[k]))
+                    if passes > 1:
+                        many.append((module, passes))
+        return many
 
     def _isolate(self, adapter: Adapter, names: list[str]) -> tuple[Audit, list[CopyLink]]:
         """The audit, after untying what ``tied`` allows."""
@@ -523,10 +549,12 @@ def _measure_blocks(
             )
             del loss
             mark = macs.total
-            return h.detach()
+            h = h.detach()
+            if model.method.reads_boundary:
+                ctx.boundary = h
+            return h
 
-        for link in model.links:
-            link.refresh()
+        fire(model.links, "before_forward")
         output = model.run(args, kwargs, note)
         logits = logits_of(output)
         note(len(model.blocks) - 1, logits, ctx.criterion(logits, ctx.target))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastlocal.blocks.adapters import Adapter, logits_of
 from fastlocal.blocks.batch import BatchFn, Unpacked, check_target, first_tensor, split_call, unpack_batch
 from fastlocal.blocks.block import Block, exclusive, outside_autocast, runs_batch_norm
-from fastlocal.blocks.links import CopyLink
+from fastlocal.blocks.cascade import Cascade, Done, Passes, leaf, scaled_down
+from fastlocal.blocks.links import Link, fire
 from fastlocal.blocks.types import StepContext
 from fastlocal.engine.carrier import LossScale, carry
 from fastlocal.engine.output import Hits, LocalOutput
@@ -35,6 +37,9 @@ class LocalModel(nn.Module):
         heads: auxiliary heads of blocks 0 to K-2.
         blocks: the K `Block`s.
         method: the recipe.
+        links: rules by which weights feed other weights (`fastlocal.blocks.links`).
+        window: blocks that a block's loss reaches, its own included.
+        summed: whether there is no gradient border, and one backward takes the sum of all losses.
     """
 
     accepts_loss_kwargs = (
@@ -52,7 +57,8 @@ class LocalModel(nn.Module):
         criterion: Callable[[Tensor, Tensor], Tensor],
         num_classes: int,
         batch: BatchFn | None = None,
-        links: list[CopyLink] | None = None,
+        links: Sequence[Link] = (),
+        passes: Sequence[tuple[_BatchNorm, int]] = (),
         check_targets: bool = True,
         target_dims: int | None = None,
     ):
@@ -63,12 +69,23 @@ class LocalModel(nn.Module):
         self.method = method
         self.criterion = criterion
         self.num_classes = num_classes
-        self.links = links or []
+        self.links = list(links)
+        self.passes = Passes(list(passes))
+        for block in blocks:
+            block.links = tuple(link for link in self.links if link.block == block.index)
         self._adapter = adapter
         self._batch = batch
         self._check_targets = check_targets
         self._target_dims = target_dims
         self._scales: dict[str, LossScale] = {}
+
+    @property
+    def window(self) -> int:
+        return min(self.method.window, len(self.blocks))
+
+    @property
+    def summed(self) -> bool:
+        return not self.method.isolated and len(self.blocks) > 1
 
     # --- what a step needs -------------------------------------------------------------------------------------------
 
@@ -77,9 +94,8 @@ class LocalModel(nn.Module):
         return self._batch(batch) if self._batch is not None else unpack_batch(batch)
 
     def context(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> StepContext:
-        """What the heads of this step may read. Refreshes links, so call it before block 0 runs."""
-        for link in self.links:
-            link.refresh()
+        """What the heads of this step may read. Fires links, so call it before block 0 runs."""
+        fire(self.links, "before_forward")
         return StepContext(target=target, input=first_tensor((args, kwargs)), criterion=self.criterion)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], on_block: Callable[[int, Tensor], Tensor]) -> Any:
@@ -132,8 +148,7 @@ class LocalModel(nn.Module):
             call = split_call(args, kwargs)
         if self.training and call is not None:
             return self._local_forward(*call, return_logits=return_logits)
-        for link in self.links:
-            link.refresh()
+        fire(self.links, "before_forward")
         # eval with a target: the backbone gets the input alone, unless it takes the target by name (Hugging Face)
         if call is not None and (self._batch is not None or not _takes(self.backbone, kwargs)):
             args, kwargs = call[0], call[1]
@@ -143,41 +158,23 @@ class LocalModel(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, return_logits: bool
     ) -> LocalOutput:
         self.validate(args, kwargs, target)
+        if torch.is_grad_enabled():
+            fire(self.links, "before_step")
         ctx = self.context(args, kwargs, target)
-        hits = Hits(target, self.criterion)
-        losses: list[Tensor] = []
-        params: list[nn.Parameter] = []
-        grads: list[Tensor | None] = []
-        scales = self._fp16_scales()
-
-        def collect(k: int, own: list[nn.Parameter], found: list[Tensor | None]) -> None:
-            params.extend(own)
-            grads.extend(found if scales is None else scales.unscale(k, found))
-
-        def train_block(k: int, h: Tensor) -> Tensor:
-            local, own, found = self.blocks[k].take_gradients(h, ctx, None if scales is None else scales.scale[k])
-            losses.append(local.loss.detach())
-            hits.add(local.logits, local.correct)
-            collect(k, own, found)
-            return h.detach()
-
-        output = self.run(args, kwargs, train_block)
-        last = len(self.blocks) - 1
-        loss = self.final_loss(output, target)
-        losses.append(loss.detach())
-        logits = logits_of(output).detach()
-        hits.add(logits)
-        own = [p for p in self.blocks[last].parameters() if p.requires_grad]
-        if own and loss.requires_grad:
-            scaled = loss if scales is None else loss * scales.scale[last]
-            with outside_autocast(loss):
-                collect(last, own, exclusive(torch.autograd.grad(scaled, own, allow_unused=True)))
-        each = torch.stack([value.float() if value.dtype.itemsize < 4 else value for value in losses])
+        taken = _Taken(self, ctx, self._fp16_scales())
+        with self.passes.applied():
+            output = self.run(args, kwargs, taken.add)
+            loss = self.final_loss(output, target)
+        taken.finish(loss, logits := logits_of(output).detach())
+        self.passes.count()
+        each = torch.stack([value.float() if value.dtype.itemsize < 4 else value for value in taken.losses])
         total = each.sum()
-        if params:
-            total = carry(total, grads, params)
+        if taken.summed:
+            total = torch.stack([part.float() if part.dtype.itemsize < 4 else part for part in taken.summed]).sum()
+        elif taken.params:
+            total = carry(total, taken.grads, taken.params)
         extra = {"logits": logits} if return_logits else {}
-        return LocalOutput(hits=hits, loss=total, losses=each, **extra)
+        return LocalOutput(hits=taken.hits, loss=total, losses=each, **extra)
 
     def _fp16_scales(self) -> LossScale | None:
         """The block loss scales where gradients are computed in fp16, else None."""
@@ -191,6 +188,11 @@ class LocalModel(nn.Module):
         autocast = available and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         if not autocast and param.dtype != torch.float16:
             return None
+        if self.window > 1 or self.summed:
+            raise ArgumentError(
+                f"model: fp16 gives each block's loss a scale of its own, but losses of {self.method.name!r} reach several blocks; "
+                "use bf16 or float32"
+            )
         key = str(param.device)
         if key not in self._scales:
             self._scales[key] = LossScale(len(self.blocks), param.device)
@@ -209,8 +211,7 @@ class LocalModel(nn.Module):
         ``readout=True`` returns the network with the method's own way of predicting; for auxiliary-head methods that is
         the backbone too.
         """
-        for link in self.links:
-            link.refresh()
+        fire(self.links, "before_forward")
         return self.backbone
 
     def backbone_state_dict(self) -> Mapping[str, Tensor]:
@@ -233,6 +234,88 @@ class LocalModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, blocks={len(self.blocks)}, cut by {self._adapter.kind}"
+
+
+class _Taken:
+    """Losses and gradients of one level A forward, taken block by block with nothing accumulated in the parameters.
+
+    Attributes:
+        losses: of every block, detached.
+        params, grads: what `carry` delivers.
+        summed: the losses with their graphs, where the method has no border; nothing is taken then.
+    """
+
+    def __init__(self, model: LocalModel, ctx: StepContext, scales: LossScale | None):
+        self.model, self.ctx, self.scales = model, ctx, scales
+        self.hits = Hits(ctx.target, model.criterion)
+        self.losses: list[Tensor] = []
+        self.params: list[nn.Parameter] = []
+        self.grads: list[Tensor | None] = []
+        self.summed: list[Tensor] = []
+        self._cascade = Cascade(model.window) if model.window > 1 else None
+        self._x = ctx.input  # of the block that runs
+
+    def add(self, k: int, h: Tensor) -> Tensor:
+        """Block k gave ``h``; returns the input of the next."""
+        model, ctx = self.model, self.ctx
+        block = model.blocks[k]
+        if model.summed:
+            local = block.local_loss(h, ctx)
+            self.summed.append(local.loss)
+            after = h
+        elif self._cascade is None:
+            local, own, found = block.take_gradients(h, ctx, None if self.scales is None else self.scales.scale[k])
+            self._collect(k, own, found)
+            block.fire("after_backward")
+            after = h.detach()
+        else:
+            local, own, found, alone, shared = block.take_split_gradients(h, ctx)
+            self._collect(k, own, found)
+            assert self._x is not None
+            for done in self._cascade.add(block, self._x, h, alone, shared):
+                self._close(done)
+            block.fire("after_backward")
+            after = self._x = leaf(h)
+        self.losses.append(local.loss.detach())
+        self.hits.add(local.logits, local.correct)
+        if model.method.reads_boundary:
+            ctx.boundary = after
+        return after
+
+    def finish(self, loss: Tensor, logits: Tensor) -> None:
+        """The last block's loss."""
+        model, last = self.model, len(self.model.blocks) - 1
+        block = model.blocks[last]
+        self.losses.append(loss.detach())
+        self.hits.add(logits)
+        if model.summed:
+            self.summed.append(loss)
+            for every in model.blocks:
+                every.fire("after_backward")
+            return
+        block.fire("between_forward_and_backward")
+        own = [p for p in block.parameters() if p.requires_grad]
+        down = self._cascade is not None and self._x is not None and self._x.requires_grad
+        inputs = [*own, self._x] if down else own
+        if inputs and loss.requires_grad:
+            scaled = loss if self.scales is None else loss * self.scales.scale[last]
+            with outside_autocast(loss):
+                found = exclusive(torch.autograd.grad(scaled, inputs, allow_unused=True))  # type: ignore[arg-type]
+                self._collect(last, own, found[: len(own)])
+                if self._cascade is not None:
+                    for done in self._cascade.finish(
+                        scaled_down(found[-1] if down else None, model.method.final_share)
+                    ):
+                        self._close(done)
+        block.fire("after_backward")
+
+    def _close(self, done: Done) -> None:
+        params, grads = done.block.take_backward(done.h, done.grad_out)
+        self._collect(done.block.index, params, exclusive(grads))
+
+    def _collect(self, k: int, params: list[nn.Parameter], grads: list[Tensor | None]) -> None:
+        self.params.extend(params)
+        self.grads.extend(grads if self.scales is None else self.scales.unscale(k, grads))
 
 
 def _takes(net: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -6,12 +6,13 @@ and touches no optimizer: blocks, engine and reference do that, the same way for
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import nn
 
+from fastlocal.blocks.links import Link
 from fastlocal.blocks.types import LocalLoss, Site, StepContext
 from fastlocal.errors import ArgumentError, did_you_mean
 
@@ -36,7 +37,9 @@ class Method:
     paper: ClassVar[str] = ""
     repository: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    isolated: bool = True
+    isolated: bool = True  # False: no gradient border; one backward of the sum of all losses
+    window: int = 1  # blocks, its own included, that the shared loss of a CascadeHead reaches
+    reads_boundary: bool = False  # heads read ctx.boundary
     Options: ClassVar[type] = NoOptions
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,9 +77,24 @@ class Method:
         """A new auxiliary head for block ``site.index``: ``forward(h, ctx) -> LocalLoss``. Raises ArgumentError."""
         raise ArgumentError(f"method: {self.name!r} has no auxiliary heads, so it takes blocks=1, not {site.blocks}")
 
+    def links(self, sites: list[Site], heads: list[nn.Module]) -> Sequence[Link]:
+        """Rules by which weights feed other weights, such as `fastlocal.blocks.links.EMALink`; called once, after the heads."""
+        return ()
+
+    def passes(self, block: int, blocks: int, unit: int) -> int:
+        """How often a step of the published algorithm forwards unit ``unit`` of the network, in block ``block``: as often
+        its BatchNorm statistics move, although the engine runs it once.
+        """
+        return 1
+
     @property
     def final_weight(self) -> float:
         """The factor of the last block's task loss."""
+        return 1.0
+
+    @property
+    def final_share(self) -> float:
+        """With ``window > 1``: the part of the last block's loss whose gradient goes on into the blocks before it."""
         return 1.0
 
     def _option_list(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlocal.blocks.links import fire
 from fastlocal.engine.model import LocalModel
 
 
@@ -22,19 +23,27 @@ def train_step(model: LocalModel, batch: Any, optimizer: torch.optim.Optimizer) 
         The K local losses, detached, in block order.
     """
     args, kwargs, target = model.unpack(batch)
+    fire(model.links, "before_step")
     context = model.context(args, kwargs, target)
     losses = []
     optimizer.zero_grad()
 
     def train_block(k: int, h: Tensor) -> Tensor:
         loss = model.heads[k](h, context).loss
-        loss.backward()  # reaches this block and its head only: the input was detached
-        losses.append(loss.detach())
+        losses.append(loss)
+        if model.summed:
+            return h
+        backward(k, loss)  # reaches this block and its head only: the input was detached
+        context.boundary = h.detach()
         return h.detach()  # the gradient border
 
+    def backward(k: int, loss: Tensor) -> None:
+        model.blocks[k].fire("between_forward_and_backward")
+        loss.backward()
+        model.blocks[k].fire("after_backward")
+
     output = model.run(args, kwargs, train_block)
-    loss = model.final_loss(output, target)
-    loss.backward()
-    losses.append(loss.detach())
+    losses.append(model.final_loss(output, target))
+    backward(len(losses) - 1, sum(losses) if model.summed else losses[-1])
     optimizer.step()
-    return losses
+    return [loss.detach() for loss in losses]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlocal.blocks.links import fire
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError
 
@@ -85,8 +86,9 @@ class EMA:
             torch._foreach_lerp_(mine, theirs, 1 - decay)
         for mine, theirs in copied.values():
             torch._foreach_copy_(mine, theirs)
-        for link in self.model.links:  # else they would depend on whether the average was evaluated in between
-            link.refresh()
+        fire(
+            self.model.links, "before_forward"
+        )  # else they would depend on whether the average was evaluated in between
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fastlocal.blocks.adapters import logits_of
 from fastlocal.blocks.batch import Unpacked
+from fastlocal.blocks.links import fire
 from fastlocal.blocks.losses import class_indices, full_precision
 from fastlocal.blocks.types import StepContext
 from fastlocal.data import Batches
@@ -264,8 +265,7 @@ def predict_early(model: LocalModel, x: Tensor, threshold: float, *, precision: 
     stay = torch.arange(len(x), device=device)
     classes, where = torch.zeros_like(stay), torch.zeros_like(stay)
     with _put_back(model, training=False), torch.no_grad(), autocast():
-        for link in model.links:
-            link.refresh()
+        fire(model.links, "before_forward")
         for k, block in enumerate(blocks):
             h = block(h) if block.fns is not None else model.backbone(h)
             last = k == len(blocks) - 1

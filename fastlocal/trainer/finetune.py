@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastlocal.blocks.block import Slot
+from fastlocal.blocks.links import CopyLink
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError, CheckpointError, did_you_mean
 from fastlocal.trainer import _files
@@ -69,7 +70,7 @@ def unfreeze(model: nn.Module, *names: int | str) -> list[str]:
     slots, modules = _matching(model, names or ("*",))
     slots = [slot for slot in slots if not slot.value.requires_grad and slot.value.is_floating_point()]
     if isinstance(model, LocalModel):
-        copies = {id(link.copy.value) for link in model.links}
+        copies = {id(link.copy.value) for link in model.links if isinstance(link, CopyLink)}
         slots = [slot for slot in slots if id(slot.value) not in copies]
     for slot in slots:
         slot.value.requires_grad_(True)
@@ -294,7 +295,11 @@ def _copies(net: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:
     if not isinstance(net, LocalModel):
         return {}
     names = {id(value): name for name, value in list(own.items())[::-1]}
-    pairs = [(names.get(id(link.copy.value)), names.get(id(link.owner.value))) for link in net.links]
+    pairs = [
+        (names.get(id(link.copy.value)), names.get(id(link.owner.value)))
+        for link in net.links
+        if isinstance(link, CopyLink)
+    ]
     both = {a: b for a, b in pairs if a and b}
     return {**{b: a for a, b in both.items()}, **both}
 

@@ -16,7 +16,7 @@ def test_refresh_copies_the_value_and_keeps_the_tensor() -> None:
     a, b = nn.Linear(2, 3), nn.Linear(2, 3)
     b.weight.requires_grad_(False)
     kept = b.weight
-    CopyLink(Slot("a.weight", a, "weight"), Slot("b.weight", b, "weight")).refresh()
+    CopyLink(Slot("a.weight", a, "weight"), Slot("b.weight", b, "weight")).fire()
     assert torch.equal(b.weight, a.weight) and b.weight is kept and not b.weight.requires_grad
     assert b.weight.data_ptr() != a.weight.data_ptr()
 
