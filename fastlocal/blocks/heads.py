@@ -34,8 +34,10 @@ class ClassifierHead(nn.Module):
         return LocalLoss.of(("task", loss, 1.0), **scores)
 
 
-def task_loss(net: nn.Module, h: Tensor, ctx: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+def task_loss(net: nn.Module, h: Tensor, ctx: StepContext, grad_scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """The task loss of the class scores ``net(h)``, and ``{"logits": ...}`` or ``{"correct": ...}``.
+
+    ``grad_scale`` multiplies the gradient, not the loss: for ``LocalLoss.of_weighted``.
 
     In training on a GPU, a chain that ends with a Linear under a cross-entropy computes no logits: pool, Linear and loss
     are one operator, which counts the hits too (`fastlocal.ops.pool_linear_cross_entropy`).
@@ -44,15 +46,17 @@ def task_loss(net: nn.Module, h: Tensor, ctx: StepContext) -> tuple[Tensor, dict
     readout = net.readout() if options is not None and isinstance(net, FusedSequential) else None
     if options is None or readout is None:
         logits = net(h)
-        return ctx.criterion(logits, ctx.target), {"logits": logits}
+        return losses.scaled_gradient(ctx.criterion(logits, ctx.target), grad_scale), {"logits": logits}
     assert isinstance(net, FusedSequential)
     end, linear, pools = readout
     features = net.run(h, end)
     pool = {2: "none", 3: "tokens" if pools else "", 4: "mean" if pools else ""}.get(features.dim(), "")
     if pool == "" or len(features) != len(ctx.target):
         logits = linear(global_mean(features) if pools else features)
-        return ctx.criterion(logits, ctx.target), {"logits": logits}
-    loss, correct = pool_linear_cross_entropy(features, linear.weight, linear.bias, ctx.target, pool=pool, **options)
+        return losses.scaled_gradient(ctx.criterion(logits, ctx.target), grad_scale), {"logits": logits}
+    loss, correct = pool_linear_cross_entropy(
+        features, linear.weight, linear.bias, ctx.target, pool=pool, grad_scale=grad_scale, **options
+    )
     return loss, {"correct": correct}
 
 
@@ -172,8 +176,10 @@ class PredSimHead(nn.Module):
     def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
         terms: list[tuple[str, Tensor, float]] = []
         scores: dict[str, Tensor] = {}
+        fused = fuses(h.device)  # operators take the weights into their backwards
+        scales = self.weights if fused else (1.0, 1.0)
         if self.pred is not None:
-            task, scores = task_loss(self.pred, h, ctx)
+            task, scores = task_loss(self.pred, h, ctx, scales[0])
             terms.append(("pred", task, self.weights[0]))
         if self.sim is not None:
             features = self.sim(h)
@@ -183,8 +189,8 @@ class PredSimHead(nn.Module):
                 lambda: losses.target_similarity(ctx.target, self.num_classes, dtype),
             )
             sim = losses.similarity_matching_loss(features, ctx.target, self.num_classes, matched)
-            terms.append(("sim", sim, self.weights[1]))
-        return LocalLoss.of(*terms, **scores)
+            terms.append(("sim", losses.scaled_gradient(sim, scales[1]), self.weights[1]))
+        return (LocalLoss.of_weighted if fused else LocalLoss.of)(*terms, **scores)
 
 
 def _decoder_pool(shape: tuple[int, ...], limit: int) -> tuple[list[nn.Module], int]:
@@ -247,27 +253,32 @@ class InfoProHead(nn.Module):
     def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
         terms: list[tuple[str, Tensor, float]] = []
         scores: dict[str, Tensor] = {}
+        fused = fuses(h.device)  # operators take the weights into their backwards
+        scales = self.weights if fused else (1.0, 1.0)
         if self.decoder is not None:
             image = ctx.once(("image", *self.normalisation), lambda: self._image(ctx))
-            terms.append(("reconstruction", losses.reconstruction_loss(self.decoder(h), image), self.weights[0]))
+            loss = losses.reconstruction_loss(self.decoder(h), image, grad_scale=scales[0])
+            terms.append(("reconstruction", loss, self.weights[0]))
         if self.classifier is not None:
             if self.contrast:
-                terms.append(("contrast", self._contrast(self.classifier(h), ctx), self.weights[1]))
+                terms.append(("contrast", self._contrast(self.classifier(h), ctx, scales[1]), self.weights[1]))
             else:
-                task, scores = task_loss(self.classifier, h, ctx)
+                task, scores = task_loss(self.classifier, h, ctx, scales[1])
                 terms.append(("task", task, self.weights[1]))
-        return LocalLoss.of(*terms, **scores)
+        return (LocalLoss.of_weighted if fused else LocalLoss.of)(*terms, **scores)
 
     def _image(self, ctx: StepContext) -> Tensor:
         assert ctx.input is not None
         return losses.restore_image(ctx.input, self.mean, self.std)
 
-    def _contrast(self, features: Tensor, ctx: StepContext) -> Tensor:
+    def _contrast(self, features: Tensor, ctx: StepContext, grad_scale: float) -> Tensor:
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         positives = None  # a kernel compares the labels itself
         if not fuses(features.device):
             positives = ctx.once(("positives", dtype), lambda: losses.positive_weights(ctx.target, dtype))
-        return losses.supervised_contrastive_loss(features, ctx.target, self.temperature, positives)
+        return losses.supervised_contrastive_loss(
+            features, ctx.target, self.temperature, positives, grad_scale=grad_scale
+        )
 
 
 class Upsample(nn.Module):

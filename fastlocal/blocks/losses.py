@@ -30,6 +30,7 @@ __all__ = [
     "positive_weights",
     "reconstruction_loss",
     "restore_image",
+    "scaled_gradient",
     "similarity_matching_loss",
     "similarity_matrix",
     "supervised_contrastive_loss",
@@ -145,3 +146,19 @@ def restore_image(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     x = full_precision(x.detach())
     return torch.addcmul(mean.to(x.dtype), x, std.to(x.dtype)).clamp_(0, 1)
+
+
+def scaled_gradient(loss: Tensor, scale: float) -> Tensor:
+    """``loss`` whose gradient is multiplied by ``scale``; its value is not, and a scale of one costs nothing."""
+    return loss if scale == 1.0 else _ScaledGradient.apply(loss, scale)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.scale, None

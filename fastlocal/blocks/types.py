@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,29 +28,34 @@ class LocalLoss(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        *terms: tuple[str, Tensor, float],
-        logits: Tensor | None = None,
-        correct: Tensor | None = None,
-        weighted: bool = False,
+        cls, *terms: tuple[str, Tensor, float], logits: Tensor | None = None, correct: Tensor | None = None
     ) -> LocalLoss:
-        """The weighted sum of ``(name, value, weight)``; a weight of one costs no multiplication.
+        """The weighted sum of ``(name, value, weight)``; a weight of one costs no multiplication."""
+        parts = [value if weight == 1.0 else value * weight for _, value, weight in terms]
+        loss = parts[0]
+        for part in parts[1:]:
+            loss = loss + part
+        return cls._made(loss, terms, logits, correct)
 
-        ``weighted``: the backward of each value multiplies by its weight already (``grad_scale`` of the operators of
-        ``fastlocal.ops``), so the sum hands its own gradient on as it is.
+    @classmethod
+    def of_weighted(
+        cls, *terms: tuple[str, Tensor, float], logits: Tensor | None = None, correct: Tensor | None = None
+    ) -> LocalLoss:
+        """The same sum of values whose own backwards multiply by the weights already (``grad_scale`` of the operators of
+        ``fastlocal.ops``): the sum hands its gradient on as it is, which costs no launch.
         """
-        values = [value for _, value, _ in terms]
         weights = [float(weight) for _, _, weight in terms]
-        if weighted and (len(terms) > 1 or weights != [1.0]):
-            loss = _WeightedSum.apply(weights, *values)
-        else:
-            parts = [value if weight == 1.0 else value * weight for value, weight in zip(values, weights)]
-            loss = parts[0]
-            for part in parts[1:]:
-                loss = loss + part
+        values = [value for _, value, _ in terms]
+        loss = values[0] if weights == [1.0] else _WeightedSum.apply(weights, *values)
+        return cls._made(loss, terms, logits, correct)
+
+    @classmethod
+    def _made(
+        cls, loss: Tensor, terms: Sequence[tuple[str, Tensor, float]], logits: Tensor | None, correct: Tensor | None
+    ) -> LocalLoss:
         return cls(
             loss,
-            {name: (value.detach(), weight) for (name, value, _), weight in zip(terms, weights)},
+            {name: (value.detach(), float(weight)) for name, value, weight in terms},
             None if logits is None else logits.detach(),
             correct,
         )

@@ -61,6 +61,7 @@ def pool_linear_cross_entropy(
     class_weight: Tensor | None = None,
     norm: nn.Module | None = None,
     dense_grad: bool = False,
+    grad_scale: float = 1.0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of a linear layer on pooled features, once differentiable in x, weight and bias.
@@ -77,6 +78,7 @@ def pool_linear_cross_entropy(
         norm: a BatchNorm1d between pool and linear, in training (its statistics updated as by calling it) or not. By
             `bn_act`, which calls what it cannot fuse: any module [N, C] -> [N, C] will do, and has its own gradients.
         dense_grad: give the gradient of a mean as a tensor in the layout of x, where whoever reads it would copy a view.
+        grad_scale: multiplies the gradients, not the loss: the weight of this loss in a sum, without a launch of its own.
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
     Returns:
@@ -97,7 +99,7 @@ def pool_linear_cross_entropy(
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Function.apply(x, weight, bias, target, class_weight, *options, dense_grad, impl or "auto")
+        return _Function.apply(x, weight, bias, target, class_weight, *options, grad_scale, dense_grad, impl or "auto")
     return _operator(x, weight, bias, target, class_weight, *options, 1.0, [False] * 3, True, impl or "auto")[:2]
 
 
@@ -158,10 +160,12 @@ def pool_linear_cross_entropy_value_and_grad(
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, dense_grad, impl):
+    def forward(
+        ctx, x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, grad_scale, dense_grad, impl
+    ):
         needs = list(ctx.needs_input_grad[:3])
         loss, correct, *grads = _operator(
-            x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, 1.0, needs, True, impl
+            x, weight, bias, target, class_weight, pool, label_smoothing, ignore_index, grad_scale, needs, True, impl
         )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(correct)
@@ -175,7 +179,7 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * 10
+            return (None,) * 11
         needed = ctx.needs_input_grad[:3]
         grads = [grad for grad, need in zip(ctx.saved_tensors, needed) if need]
         if not is_one(grad_loss):
@@ -184,7 +188,7 @@ class _Function(torch.autograd.Function):
         left = iter(grads)
         grad_x = _gradient(next(left), ctx.shape, ctx.pool, ctx.dtypes[0], ctx.memory_format) if needed[0] else None
         others = [next(left).to(dtype) if need else None for need, dtype in zip(needed[1:], ctx.dtypes[1:])]
-        return grad_x, *others, *[None] * 7
+        return grad_x, *others, *[None] * 8
 
 
 class _Mean(torch.autograd.Function):

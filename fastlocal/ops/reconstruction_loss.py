@@ -34,7 +34,7 @@ _operator = getattr(torch.ops.fastlocal, NAME).default
 _backward = getattr(torch.ops.fastlocal, f"{NAME}_backward").default
 
 
-def reconstruction_loss(logits: Tensor, image: Tensor, *, impl: str | None = None) -> Tensor:
+def reconstruction_loss(logits: Tensor, image: Tensor, *, grad_scale: float = 1.0, impl: str | None = None) -> Tensor:
     """Mean binary cross-entropy between sigmoid(logits) and an image (InfoPro, Wang et al., ICLR 2021), differentiable in
     the logits, once by a fused backend.
 
@@ -43,6 +43,7 @@ def reconstruction_loss(logits: Tensor, image: Tensor, *, impl: str | None = Non
     Args:
         logits: any shape, floating point, any strides. Saved for the backward as they are, like the image.
         image: the same shape, floating point, in [0, 1] (not checked: that would read it back). No gradient.
+        grad_scale: multiplies the gradient, not the loss: the weight of this loss in a sum, without a launch of its own.
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
     Returns:
@@ -55,12 +56,13 @@ def reconstruction_loss(logits: Tensor, image: Tensor, *, impl: str | None = Non
     _check(logits, image, impl)
     # Compiled code chooses when it runs, inside the operators.
     if (
-        not torch.compiler.is_compiling()
+        grad_scale == 1.0
+        and not torch.compiler.is_compiling()
         and _dispatch.choose(NAME, _signature(logits, image), impl or "auto") == "reference"
     ):
         return specification(logits, image)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _Function.apply(logits, image, impl or "auto")
+        return _Function.apply(logits, image, grad_scale, impl or "auto")
     return _operator(logits, image, impl or "auto")
 
 
@@ -87,16 +89,16 @@ def reconstruction_loss_value_and_grad(
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, image: Tensor, impl: str) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, image: Tensor, grad_scale: float, impl: str) -> Tensor:
         ctx.save_for_backward(logits, image)
-        ctx.impl = impl
+        ctx.grad_scale, ctx.impl = grad_scale, impl
         return _operator(logits, image, impl)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, image = ctx.saved_tensors
-        return _backward(logits, image, grads[0], 1.0, ctx.impl), None, None
+        return _backward(logits, image, grads[0], ctx.grad_scale, ctx.impl), None, None, None
 
 
 def _check(logits: Tensor, image: Tensor, impl: str | None) -> None:
@@ -198,7 +200,10 @@ def _run_backward(logits: Tensor, image: Tensor, grad_loss: Tensor | None, grad_
         return grad
     # The calls that autograd makes for the specification, whichever other backend was asked for.
     wide = wide_dtype(logits)
-    one = torch.full((), grad_scale, dtype=wide, device=logits.device) if grad_loss is None else grad_loss
+    if grad_loss is None:
+        one = torch.full((), grad_scale, dtype=wide, device=logits.device)
+    else:
+        one = grad_loss if grad_scale == 1.0 else grad_loss * grad_scale
     p = torch.sigmoid(logits.to(wide))
     wide_grad = torch.ops.aten.binary_cross_entropy_backward(one, p, image.to(wide), None, 1)
     # In place, or one pass that casts as it writes.

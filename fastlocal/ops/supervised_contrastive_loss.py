@@ -48,6 +48,7 @@ def supervised_contrastive_loss(
     temperature: float = 0.07,
     positives: Positives | None = None,
     *,
+    grad_scale: float = 1.0,
     impl: str | None = None,
 ) -> Tensor:
     """Supervised contrastive loss with one view per sample (Khosla et al., arXiv 2004.11362, "L_out"), once
@@ -62,6 +63,7 @@ def supervised_contrastive_loss(
         temperature: above 0.
         positives: what `fastlocal.reference.positive_weights(target, dtype)` gives, when it is known already; dtype is
             that of the result. `target` is then not looked at. "triton" needs no such matrix, and reads it where it is given.
+        grad_scale: multiplies the gradient, not the loss: the weight of this loss in a sum, without a launch of its own.
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
     Returns:
@@ -73,7 +75,7 @@ def supervised_contrastive_loss(
     """
     labels, weights = _prepare(features, target, temperature, positives, impl)
     if torch.is_grad_enabled() and features.requires_grad:
-        return _Function.apply(features, labels, weights, temperature, impl or "auto")
+        return _Function.apply(features, labels, weights, temperature, grad_scale, impl or "auto")
     return _operator(features, labels, weights, temperature, 1.0, False, True, impl or "auto")[0]
 
 
@@ -106,9 +108,15 @@ def supervised_contrastive_loss_value_and_grad(
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, labels: Tensor | None, weights: Tensor | None, temperature: float, impl: str
+        ctx: Any,
+        features: Tensor,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        temperature: float,
+        grad_scale: float,
+        impl: str,
     ) -> Tensor:
-        loss, grad = _operator(features, labels, weights, temperature, 1.0, True, True, impl)
+        loss, grad = _operator(features, labels, weights, temperature, grad_scale, True, True, impl)
         ctx.save_for_backward(grad)
         ctx.dtype = features.dtype
         return loss
@@ -117,7 +125,7 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = ctx.saved_tensors
-        return (grad if is_one(grads[0]) else grad * grads[0]).to(ctx.dtype), None, None, None, None
+        return (grad if is_one(grads[0]) else grad * grads[0]).to(ctx.dtype), *[None] * 5
 
 
 def _prepare(

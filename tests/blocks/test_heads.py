@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from fastlocal.blocks import heads, losses
-from fastlocal.blocks.types import StepContext
+from fastlocal.blocks.measure import LaunchCounter
+from fastlocal.blocks.types import LocalLoss, StepContext
+from fastlocal.ops._seed import is_one, ones
 from fastlocal.ops._dispatch import as_on_gpu
 
 
@@ -321,3 +323,90 @@ def test_the_fused_task_loss_is_that_of_the_scores(kind, criterion, probabilitie
     for p, q in zip([h, *got.parameters()], [h, *plain.parameters()], strict=True):
         wanted = torch.autograd.grad(b.loss, q, retain_graph=True)[0]
         assert torch.allclose(torch.autograd.grad(a.loss, p, retain_graph=True)[0], wanted)
+
+
+WEIGHTED = [kind for kind in KINDS if kind.startswith(("predsim", "infopro"))]
+
+
+@pytest.mark.parametrize("seed", ["one", "unknown"])
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_weights_inside_the_operators_are_the_weights_of_the_sum(kind, seed):
+    """As on a GPU, against the plain sum of weight times value, also from another gradient than one (a loss scale)."""
+    plain, ctx = build_all()[kind].double(), context()
+    ctx.input = ctx.input.double()
+    fused = copy.deepcopy(plain)
+    h = torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    with as_on_gpu():
+        local = fused(h, ctx)
+        start = ones(local.loss) if seed == "one" else torch.tensor(8.0, dtype=torch.float64)
+        with LaunchCounter() as counter:
+            grads = torch.autograd.grad(local.loss, [h, *fused.parameters()], start)
+    expected = plain(h, context_like(ctx))
+    wanted = torch.autograd.grad(expected.loss, [h, *plain.parameters()], 1.0 * start)
+    torch.testing.assert_close(local.loss, expected.loss, rtol=1e-14, atol=0)
+    assert [(name, weight) for name, (_, weight) in local.terms.items()] == list(
+        (name, weight) for name, (_, weight) in expected.terms.items()
+    )
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-13 * float(start))
+    if seed == "one" and kind != "predsim":
+        # float64 has no kernel for the reconstruction, whose scale is a product then.
+        assert counter.by_op["aten::_foreach_mul"] == 0 and counter.by_op["aten::mul"] <= 1
+
+
+def context_like(ctx):
+    return StepContext(ctx.target, ctx.input, ctx.criterion)
+
+
+def test_a_criterion_that_no_operator_serves_has_its_weight_too():
+    ctx, h = context(), torch.randn(4, 8, 4, 4).requires_grad_()
+    ctx.criterion = lambda scores, target: torch.nn.functional.multi_margin_loss(scores, target)
+    head = build_all()["infopro task"]
+    expected = torch.autograd.grad(head(h, ctx).loss, h)[0]
+    with as_on_gpu():
+        local = head(h, ctx)
+        assert local.logits is not None
+        assert torch.allclose(torch.autograd.grad(local.loss, h)[0], expected, atol=1e-7)
+
+
+class Seen(torch.autograd.Function):
+    """The loss, and whether the gradient that reaches it is the known one."""
+
+    flags: list = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        Seen.flags.append(is_one(grad))
+        return grad
+
+
+@pytest.mark.parametrize("weights", [(2.0, 0.5), (1.0, 1.0), (2.0,), (1.0,), (0.0, 3.0, 1.0)])
+def test_a_weighted_sum_hands_its_gradient_on_as_it_is(weights):
+    x = torch.tensor(3.0, requires_grad=True)
+    for weighted in (True, False):
+        Seen.flags.clear()
+        terms = [(str(i), Seen.apply(x * (i + 1)), weight) for i, weight in enumerate(weights)]
+        with LaunchCounter() as counter:
+            local = (LocalLoss.of_weighted if weighted else LocalLoss.of)(*terms)
+        if weighted:
+            assert counter.total == (0 if weights == (1.0,) else len(weights))
+        assert local.loss == sum(3.0 * (i + 1) * weight for i, weight in enumerate(weights))
+        assert [weight for _, weight in local.terms.values()] == list(weights)
+        grad = torch.autograd.grad(local.loss, x, ones(local.loss))[0]
+        slopes = [1.0] * len(weights) if weighted else weights  # then the values' own backwards have the weights
+        assert grad == sum((i + 1) * slope for i, slope in enumerate(slopes))
+        if weighted:
+            assert Seen.flags == [True] * len(weights)
+
+
+def test_a_scaled_gradient_leaves_the_value():
+    x = torch.tensor(3.0, requires_grad=True)
+    assert losses.scaled_gradient(x, 1.0) is x
+    y = losses.scaled_gradient(x * x, 0.25)
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    assert y == 9 and first == 1.5 and torch.autograd.grad(first, x)[0] == 0.5

@@ -743,6 +743,22 @@ def test_a_seed_known_to_be_one_is_not_multiplied(dtype, launches):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_weight_of_the_loss_in_a_sum(impl, norm):
+    args, _ = make(6, 5, (3, 3), 4, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in args[:3]]
+    options = {"norm": nn.BatchNorm1d(5).double()} if norm else {}
+    first, _ = pool_linear_cross_entropy(*args, impl=impl, **options)
+    wanted = torch.autograd.grad(first, leaves)
+    for scale in (5.0, 0.0, 0.25):
+        for factor, seed in ((1, ones(first)), (3, torch.tensor(3.0, dtype=torch.float64))):
+            loss, _ = pool_linear_cross_entropy(*args, grad_scale=scale, impl=impl, **options)
+            assert torch.equal(loss, first)
+            for grad, want in zip(torch.autograd.grad(loss, leaves, seed), wanted):
+                torch.testing.assert_close(grad, factor * scale * want, rtol=1e-10, atol=1e-15)
+
+
 def test_a_gradient_taken_twice_is_not_shared_with_what_is_accumulated():
     x, weight, bias, target = make(6, 5, (3, 3), 4)[0]
     weight.requires_grad_()

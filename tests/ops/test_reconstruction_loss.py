@@ -66,6 +66,17 @@ def test_ragged_sizes_and_both_forms(shape, impl):
                 assert got[1].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+@pytest.mark.parametrize("impl", [None, *IMPLS])
+def test_the_weight_of_the_loss_in_a_sum(impl):
+    logits, image = make((2, 3, 5, 5), torch.float64)
+    leaf = logits.requires_grad_()
+    wanted = torch.autograd.grad(plain(leaf, image.double()), leaf)[0]
+    for scale in (5.0, 0.0, 0.25):
+        loss = reconstruction_loss(leaf, image, grad_scale=scale, impl=impl)
+        assert torch.allclose(loss, plain(leaf, image.double()), rtol=1e-14)
+        torch.testing.assert_close(torch.autograd.grad(loss * 3, leaf)[0], 3 * scale * wanted, rtol=1e-12, atol=1e-18)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_where_the_sigmoid_saturates(dtype, impl):

@@ -61,6 +61,19 @@ def test_ragged_sizes_and_both_forms(rows, width, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_the_weight_of_the_loss_in_a_sum(impl):
+    x, target = torch.randn(9, 7, dtype=torch.float64, requires_grad=True), labels("few", 9)
+    wanted = torch.autograd.grad(plain(x, target), x)[0]
+    for scale in (5.0, 0.0, 0.25):
+        loss = supervised_contrastive_loss(x, target, grad_scale=scale, impl=impl)
+        assert torch.allclose(loss, plain(x, target), rtol=1e-12)
+        for factor, seed in ((1, ones(loss)), (3, torch.tensor(3.0, dtype=torch.float64))):
+            loss = supervised_contrastive_loss(x, target, grad_scale=scale, impl=impl)
+            grad = torch.autograd.grad(loss, x, seed)[0]
+            torch.testing.assert_close(grad, factor * scale * wanted, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_thousand_rows(dtype, impl):
     torch.manual_seed(0)
