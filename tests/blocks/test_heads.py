@@ -9,8 +9,8 @@ from torch import nn
 from fastlocal.blocks import heads, losses
 from fastlocal.blocks.measure import LaunchCounter
 from fastlocal.blocks.types import LocalLoss, StepContext
-from fastlocal.ops._seed import is_one, ones
 from fastlocal.ops._dispatch import as_on_gpu
+from fastlocal.ops._seed import is_one, ones
 
 
 def context(rows=4, classes=5, image=(3, 8, 8), seed=0):
