@@ -24,6 +24,7 @@ from fastlocal.models.gpt import GPT, gpt
 from fastlocal.models.mlp import MLP, mlp
 from fastlocal.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from fastlocal.models.resnet_cifar import ResNetCIFAR, resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
+from fastlocal.models.swin import Swin, swin_base, swin_small, swin_tiny
 from fastlocal.models.vgg import VGG, vgg13, vgg19
 from fastlocal.models.vgg_local import VGGLocal, vgg8b, vgg11b
 from fastlocal.models.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
@@ -52,6 +53,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         vit_base,
         vit_large,
         vit_huge,
+        swin_tiny,
+        swin_small,
+        swin_base,
         mlp,
         gpt,
     )
@@ -63,6 +67,9 @@ _ALIASES = {
     "vit_b": "vit_base",
     "vit_l": "vit_large",
     "vit_h": "vit_huge",
+    "swin_t": "swin_tiny",
+    "swin_s": "swin_small",
+    "swin_b": "swin_base",
 }
 
 __all__ = [
@@ -72,6 +79,7 @@ __all__ = [
     "DGLCNN",
     "ResNet",
     "ResNetCIFAR",
+    "Swin",
     "VGGLocal",
     "ViT",
     "create",
@@ -82,7 +90,8 @@ __all__ = [
 
 
 def list_models() -> list[str]:
-    """The names that ``create`` takes (it also takes the aliases vit_ti, vit_s, vit_b, vit_l, vit_h and vit_t)."""
+    """The names that ``create`` takes (it also takes the aliases vit_t, vit_ti, vit_s, vit_b, vit_l, vit_h, swin_t, swin_s
+    and swin_b)."""
     return list(_MODELS)
 
 

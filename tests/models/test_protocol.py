@@ -26,6 +26,16 @@ CASES = [
     ("dgl_cnn", {"feature_size": 4, "img_size": 8, "in_channels": 1, "depth": 3, "downsample": (2,)}, (4, 1, 8, 8)),
     ("vit_tiny", {"dim": 12, "depth": 2, "img_size": 32, "patch_size": 8, "num_classes": 10}, IMAGES),
     ("vit_tiny", {"dim": 12, "depth": 2, "img_size": 32, "dropout": 0.2, "pool": "mean", "num_classes": 10}, IMAGES),
+    (
+        "swin_tiny",
+        {"dim": 6, "depths": (1, 2), "heads": (1, 2), "img_size": 32, "window": 4, "num_classes": 10},
+        IMAGES,
+    ),
+    (
+        "swin_tiny",
+        {"dim": 6, "depths": (2, 1), "heads": (2, 3), "img_size": 32, "window": 2, "drop_path": 0.3, "num_classes": 10},
+        IMAGES,
+    ),
     ("mlp", {"in_features": 64, "hidden": (16, 12)}, (4, 1, 8, 8)),
     ("mlp", {"in_features": 64, "hidden": (16, 12), "batch_norm": True, "dropout": 0.2}, (4, 64)),
     ("gpt", {"vocab_size": 10, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}, (4, 8)),

@@ -30,6 +30,9 @@ NAMES = [
     "vit_base",
     "vit_large",
     "vit_huge",
+    "swin_tiny",
+    "swin_small",
+    "swin_base",
     "mlp",
     "gpt",
 ]
@@ -53,6 +56,12 @@ def test_aliases(alias, dim):
     assert models.create(alias, depth=1).dim == dim
 
 
+@pytest.mark.parametrize(("alias", "dim", "blocks"), [("swin_t", 96, 12), ("swin_s", 96, 24), ("swin_b", 128, 24)])
+def test_aliases_of_swin(alias, dim, blocks):
+    options = models.options(alias)
+    assert (options["dim"], sum(options["depths"])) == (dim, blocks)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_what_the_constructor_takes(name):
     accepted = models.options(name)
@@ -65,6 +74,8 @@ def test_options_are_what_the_constructor_takes(name):
         "vit_base",
         "vit_large",
         "vit_huge",
+        "swin_small",
+        "swin_base",
         "gpt",
         "resnet101",
         "vgg11b",
