@@ -1,6 +1,6 @@
 """The training methods, one short file each; importing this package registers them."""
 
-from fastlocal.methods import auglocal, bp, dgl, infopro, predsim
+from fastlocal.methods import auglocal, bp, dgl, infopro, man, man_plus_plus, predsim
 from fastlocal.methods.base import LocalLoss, Method, Site, StepContext, get_method, list_methods, register
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "get_method",
     "infopro",
     "list_methods",
+    "man",
+    "man_plus_plus",
     "predsim",
     "register",
 ]

@@ -17,7 +17,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal import models
+from fastlocal.blocks.links import fire
 from fastlocal.blocks.losses import cross_entropy
 from fastlocal.methods import Method, Site, StepContext, get_method
 
@@ -56,6 +57,10 @@ CASES: dict[str, Case] = {
     "infopro_resnet32_K16_contrast": Case(_resnet32, "infopro", 16),
     "dglrepo_cnn_mlpsr_f16": Case(lambda: models.dgl_cnn(feature_size=16), "dgl", 6),
     "dglrepo_cnn_mlpsr_f128": Case(lambda: models.dgl_cnn(feature_size=128), "dgl", 6),
+    "man_infopro_resnet32_K8": Case(_resnet32, "man", 8),
+    "man_infopro_resnet32_K16": Case(_resnet32, "man", 16),
+    "manpp_infopro_resnet32_K16": Case(_resnet32, "man_plus_plus", 16),
+    "manpp_dgl_resnet32_K16": Case(_resnet32, "man_plus_plus", 16, {"head": "dgl"}),
     "localloss_predsim_vgg8b": Case(lambda: models.vgg8b(), "predsim", 8),
     "localloss_predsim_vgg8b_small": Case(lambda: models.vgg8b(feat_mult=0.25, num_hidden=128), "predsim", 8),
 }
@@ -101,10 +106,18 @@ class PlainBlock:
 
 
 class PlainModel:
-    """Backbone, heads, blocks and method, as a LocalModel has them."""
+    """Backbone, heads, blocks, method and links, as a LocalModel has them."""
 
-    def __init__(self, backbone: nn.Module, heads: list[nn.Module], blocks: list[PlainBlock], method: Method) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: list[nn.Module],
+        blocks: list[PlainBlock],
+        method: Method,
+        links: Sequence[Any],
+    ) -> None:
         self.backbone, self.heads, self.blocks, self.method = backbone, nn.ModuleList(heads), blocks, method
+        self.links = links
 
 
 def plain_localize(
@@ -142,13 +155,15 @@ def plain_localize(
             widths=net.widths,
             net=net,
             first_unit=starts[k],
+            unit_names=tuple(names),
         )
         for k in range(len(cuts))
     ]
     recipe.resolve(sites)
-    heads = [recipe.head(site) for site in sites]
+    heads = [recipe.head(site).to(sample.dtype) for site in sites]
+    links = recipe.links(sites, heads)
     parts = [PlainBlock(names[end], [fn for _, fn in units[start : end + 1]]) for start, end in zip(starts, ends)]
-    return PlainModel(net, heads, parts, recipe)
+    return PlainModel(net, heads, parts, recipe, links)
 
 
 def plain_step(
@@ -176,7 +191,9 @@ def plain_step(
                 task = ctx.criterion(logits, y)
                 loss = task * model.method.final_weight
                 terms.append({"task": (task.detach(), model.method.final_weight)})
+            fire(model.links, "between_forward_and_backward", k)
             loss.backward()
+            fire(model.links, "after_backward", k)
             losses.append(loss.detach())
         gradients = {
             name: None if p.grad is None else p.grad.clone()
@@ -204,8 +221,25 @@ def _family_name(unit: str) -> str:
     return "0_0" if unit == "stem" else unit.removeprefix("layer").replace(".", "_")
 
 
+def _man_prefixes(k: int, unit: str, scaled: bool) -> dict[str, str]:
+    """MAN's and MAN++'s: the copies by number, the heads by the unit after the cut, as a ResNet-32 has it."""
+    of_stem = unit == "stem"
+    stage, _, index = unit.removeprefix("layer").partition(".")
+    after = "0_0" if of_stem else f"{int(stage) + 1}_0" if index == "4" else f"{stage}_{int(index) + 1}"
+    copy = "_first" if of_stem else f".{k - scaled}"
+    return {
+        "fusion.lb.": f"LB{copy}.",
+        "fusion.ema.": f"EMA{copy}." if of_stem else f"EMA_Net{copy}.",
+        "head.decoder.": f"decoder_{after}.",
+        "head.classifier.": f"aux_classifier_{after}.",
+        "head.net.": f"aux_classifier_{after}.",
+    }
+
+
 def _head_prefixes(case: str, method: str, k: int, unit: str) -> dict[str, str]:
     """Which official module holds what in head k: our prefix -> official prefix."""
+    if method in ("man", "man_plus_plus"):
+        return _man_prefixes(k, unit, method == "man_plus_plus")
     if case.startswith("dglrepo"):
         return {"net.": f"auxillary_nets.{k}."}
     if case.startswith("localloss"):
@@ -251,12 +285,18 @@ def official_names(case: str, model: Any, oracle: dict[str, Any]) -> dict[str, s
             official = name.removeprefix("backbone.")
             if case.startswith("dglrepo") and official.startswith("classifier."):
                 official = "auxillary_nets.5." + official
+            if case.startswith("man") and official.startswith("fc."):
+                official = "fc64." + official.removeprefix("fc.")
             assert shapes[official] == tuple(tensor.shape), (official, shapes[official], tuple(tensor.shape))
             mapping[name] = official
     for k in range(len(model.heads)):
         for ours, theirs in _head_prefixes(case, CASES[case].method, k, model.blocks[k].name).items():
             prefix = f"heads.{k}.{ours}"
-            match([(name, t) for name, t in tensors if name.startswith(prefix)], theirs)
+            own = [(name, t) for name, t in tensors if name.startswith(prefix)]
+            if own or not case.startswith("man"):  # MAN's heads are of two kinds
+                match(own, theirs)
+        if f"heads.{k}.fusion.scale" in dict(tensors):
+            mapping[f"heads.{k}.fusion.scale"] = "ema_s_first" if k == 0 else f"ema_s.{k - 1}"
     assert len(set(mapping.values())) == len(mapping)
     leftover = {name for name, _ in tensors} - set(mapping)
     assert {name.rsplit(".", 1)[-1] for name in leftover} <= {"mean", "std"}, leftover  # constants of ours
@@ -269,6 +309,8 @@ def official_value(name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.ones(shape, dtype=torch.float64)
     if name.endswith(("running_mean", "num_batches_tracked")):
         return torch.zeros(shape, dtype=torch.float64)
+    if not shape:  # MAN++'s scales
+        return torch.ones(shape, dtype=torch.float64)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     r = torch.randn(shape, generator=generator, dtype=torch.float64)
     if len(shape) >= 2:
@@ -333,6 +375,9 @@ def _term(case: Case, official: str, last: bool) -> str:
         return official.rsplit("/", 1)[-1]
     if case.method == "predsim":
         return "sim" if official.startswith("decoder") else "pred"
+    if case.method in ("man", "man_plus_plus") and case.options.get("head") != "dgl":
+        contrast = official == "aux_classifier_0_0"
+        return "reconstruction" if official.startswith("decoder") else ("contrast" if contrast else "task")
     if case.method == "infopro":
         contrast = case.options.get("loss", "contrast") == "contrast"
         return "reconstruction" if official.startswith("decoder") else ("contrast" if contrast else "task")
