@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastlocal.blocks import losses
 from fastlocal.blocks.types import LocalLoss, StepContext
 from fastlocal.ops._dispatch import fuses
-from fastlocal.ops.modules import AvgPool, FusedSequential, global_mean
+from fastlocal.ops.modules import AvgPool, FusedSequential, global_mean, hooked
 from fastlocal.ops.pool_linear_cross_entropy import pool_linear_cross_entropy
 
 
@@ -40,24 +41,72 @@ def task_loss(net: nn.Module, h: Tensor, ctx: StepContext, grad_scale: float = 1
     ``grad_scale`` multiplies the gradient, not the loss: for ``LocalLoss.of_weighted``.
 
     In training on a GPU, a chain that ends with a Linear under a cross-entropy computes no logits: pool, Linear and loss
-    are one operator, which counts the hits too (`fastlocal.ops.pool_linear_cross_entropy`).
+    are one operator, which counts the hits too (`fastlocal.ops.pool_linear_cross_entropy`). One target per token, the
+    causal loss included, is served as one row per token.
     """
-    options = losses.cross_entropy_options(ctx.criterion, ctx.target) if net.training and fuses(h.device) else None
-    readout = net.readout() if options is not None and isinstance(net, FusedSequential) else None
+    options, target, tokens = None, ctx.target, False
+    if net.training and fuses(h.device) and isinstance(net, FusedSequential):
+        options = losses.cross_entropy_options(ctx.criterion, target)
+        if options is None:
+            options, target = _token_targets(ctx)
+            tokens = options is not None
+    readout = _linear_readout(net) if options is not None else None  # type: ignore[arg-type]
     if options is None or readout is None:
         logits = net(h)
         return losses.scaled_gradient(ctx.criterion(logits, ctx.target), grad_scale), {"logits": logits}
-    assert isinstance(net, FusedSequential)
-    end, linear, pools = readout
-    features = net.run(h, end)
+    features_of, linear, pools = readout
+    features = features_of(h)
     pool = {2: "none", 3: "tokens" if pools else "", 4: "mean" if pools else ""}.get(features.dim(), "")
+    if tokens:
+        pool = "" if pools or features.shape[:-1] != ctx.target.shape else "none"
     if pool == "" or len(features) != len(ctx.target):
         logits = linear(global_mean(features) if pools else features)
         return losses.scaled_gradient(ctx.criterion(logits, ctx.target), grad_scale), {"logits": logits}
+    if tokens:
+        features = features.flatten(0, 1)
     loss, correct = pool_linear_cross_entropy(
-        features, linear.weight, linear.bias, ctx.target, pool=pool, grad_scale=grad_scale, **options
+        features, linear.weight, linear.bias, target, pool=pool, grad_scale=grad_scale, **options
     )
     return loss, {"correct": correct}
+
+
+def _token_targets(ctx: StepContext) -> tuple[dict[str, Any] | None, Tensor]:
+    """Where the loss takes one class index per token, [B, T]: the operator's options, and its targets [B * T]."""
+    criterion, target = ctx.criterion, ctx.target
+    if not isinstance(target, Tensor) or target.dim() != 2 or target.is_floating_point():
+        return None, target
+    if type(criterion) is losses.CausalLMLoss:
+        options = {"ignore_index": criterion.ignore_index, "label_smoothing": criterion.label_smoothing}
+        shifted = ctx.once(
+            ("next token", criterion.ignore_index),
+            lambda: F.pad(target[:, 1:], (0, 1), value=criterion.ignore_index).flatten(),
+        )
+        return options, shifted
+    if isinstance(criterion, nn.CrossEntropyLoss):  # which takes [B, V, T] for such targets
+        return None, target
+    flat = target.flatten()
+    return losses.cross_entropy_options(criterion, flat), flat
+
+
+def _linear_readout(net: FusedSequential) -> tuple[Callable[[Tensor], Tensor], nn.Linear, bool] | None:
+    """`FusedSequential.readout`, also of a chain whose last member is an ``nn.Sequential`` (a model's ``make_readout``)."""
+    found = net.readout()
+    if found is not None:
+        end, linear, pools = found
+        return lambda h: net.run(h, end), linear, pools
+    tail = net[-1] if len(net) else None
+    if type(tail) is not nn.Sequential or not len(tail) or type(tail[-1]) is not nn.Linear:
+        return None
+    if any(map(hooked, (net, tail, tail[-1]))):
+        return None
+
+    def features_of(h: Tensor) -> Tensor:
+        x = net.run(h, len(net) - 1)
+        for member in list(tail)[:-1]:
+            x = member(x)
+        return x
+
+    return features_of, tail[-1], False
 
 
 def conv_bn_relu(
