@@ -76,7 +76,9 @@ class Cascade:
             block = self._open[at]
             if block.h.grad_fn is None or not block.x.requires_grad:
                 return
-            (grad,) = torch.autograd.grad(block.h, block.x, grad, retain_graph=True, allow_unused=True)
+            # not torch.autograd.grad: there an operator cannot tell which leaves are asked for
+            torch.autograd.backward(block.h, grad, inputs=[block.x], retain_graph=True)
+            grad, block.x.grad = block.x.grad, None
             at, hops = at - 1, hops - 1
             self._open[at].owed = _sum(self._open[at].owed, grad)
 

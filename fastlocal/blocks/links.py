@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -35,6 +35,10 @@ class CopyLink:
 
     when: ClassVar[str] = "before_forward"
     block: ClassVar[int] = -1
+
+    @property
+    def frozen(self) -> tuple[Slot, ...]:
+        return (self.copy,)
 
     @torch.no_grad()
     def fire(self) -> None:
@@ -74,6 +78,10 @@ class EMALink:
             )
         return cls(block, pairs[0], pairs[1], decay, when)
 
+    @property
+    def frozen(self) -> tuple[Slot, ...]:
+        return self.targets
+
     @torch.no_grad()
     def fire(self) -> None:
         if not self.targets:
@@ -87,8 +95,16 @@ class EMALink:
             ema_update_(averages, sources, self.decay)
 
 
-Link = CopyLink | EMALink
-"""What `fastlocal.methods.Method.links` returns; any object with ``when``, ``block`` and ``fire()`` will do."""
+class Link(Protocol):
+    """What `fastlocal.methods.Method.links` returns. ``frozen``: what it writes, which no optimizer may train."""
+
+    @property
+    def when(self) -> str: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def frozen(self) -> tuple[Slot, ...]: ...
+    def fire(self) -> None: ...
 
 
 def _slots(module: nn.Module) -> tuple[Slot, ...]:

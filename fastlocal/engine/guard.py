@@ -14,7 +14,7 @@ _SMALL = 65536  # elements; buffers up to this size are given back together
 
 
 class Guard:
-    """A non-finite flag per block, and what the blocks' buffers (BatchNorm statistics) held before the step.
+    """A non-finite flag per block, and what the blocks' buffers (BatchNorm statistics) and averages (links) held before.
 
     Works on all blocks together, so that only `check` is launched for each.
 
@@ -37,7 +37,11 @@ class Guard:
         self.found = list(self._all_found.unbind())
         self.skipped = torch.zeros(len(blocks), dtype=torch.float32, device=device)
         self.first_bad = torch.full((len(blocks),), -1.0, dtype=torch.float32, device=device)
-        self._slots = [(slot, k) for k, block in enumerate(blocks) for slot in block.buffer_slots()]
+        self._slots = [
+            (slot, k)
+            for k, block in enumerate(blocks)
+            for slot in (*block.buffer_slots(), *(s for link in block.links for s in link.frozen))
+        ]
         self._copies = self._make_copies(self._live())
 
     def begin(self) -> None:

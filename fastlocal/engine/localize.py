@@ -528,6 +528,9 @@ def _measure_blocks(
     """Runs every block with its head once on the sample and notes what it costs, leaving no trace."""
     known = [*model.parameters(), *model.buffers()]
     with undisturbed(model), MacCounter() as macs, SavedBytes(exclude=known) as saved:
+        for link in model.links:
+            for slot in link.frozen:
+                slot.value.requires_grad_(False)  # as in training; put back with the rest
         mark = 0
 
         def note(k: int, h: Tensor, loss: Any = None) -> Tensor:

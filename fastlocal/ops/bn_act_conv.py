@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlocal.errors import ArgumentError, did_you_mean
 from fastlocal.ops import _dispatch
+from fastlocal.ops._needs import needed
 from fastlocal.ops.bn_act import ACTS, Signature, bn_act, choice, count, dense, like, plainly_called, reject_triton
 from fastlocal.ops.bn_act import signature as norm_signature
 
@@ -105,7 +106,7 @@ class _Function(torch.autograd.Function):
         (dy,) = grads
         x, norm_weight, norm_bias, weight, stats = ctx.saved_tensors
         act, slope, geometry, impl = ctx.options
-        need_x, need_norm_weight, need_norm_bias, need_weight, need_bias = ctx.needs_input_grad[:5]
+        need_x, need_norm_weight, need_norm_bias, need_weight, need_bias = needed(ctx, 5)
         if geometry:
             dx = _convolution_backward(dy, x, weight, geometry, [True, False, False])[0]  # of x only the shape is used
         else:

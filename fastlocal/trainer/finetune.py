@@ -70,7 +70,7 @@ def unfreeze(model: nn.Module, *names: int | str) -> list[str]:
     slots, modules = _matching(model, names or ("*",))
     slots = [slot for slot in slots if not slot.value.requires_grad and slot.value.is_floating_point()]
     if isinstance(model, LocalModel):
-        copies = {id(link.copy.value) for link in model.links if isinstance(link, CopyLink)}
+        copies = {id(slot.value) for link in model.links for slot in link.frozen}
         slots = [slot for slot in slots if id(slot.value) not in copies]
     for slot in slots:
         slot.value.requires_grad_(True)
