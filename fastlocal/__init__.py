@@ -32,12 +32,24 @@ _PUBLIC = {
     "backend": "fastlocal.ops",
     "explain": "fastlocal._explain",
 }
-_SUBMODULES = ("blocks", "data", "engine", "errors", "info", "methods", "models", "ops", "reference", "trainer")
+_SUBMODULES = (
+    "blocks",
+    "compat",
+    "data",
+    "engine",
+    "errors",
+    "info",
+    "methods",
+    "models",
+    "ops",
+    "reference",
+    "trainer",
+)
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from fastlocal import blocks, data, engine, errors, info, methods, models, ops, reference, trainer
+    from fastlocal import blocks, compat, data, engine, errors, info, methods, models, ops, reference, trainer
     from fastlocal._explain import explain
     from fastlocal.engine.engine import Engine
     from fastlocal.engine.localize import localize

@@ -427,6 +427,7 @@ BELOW = {
     "engine": {"methods", "blocks", "ops", *LEAVES},
     "models": {"ops", *LEAVES},
     "data": set(LEAVES),
+    "compat": {"engine", "methods", "blocks", "ops", "models", *LEAVES},
     "trainer": {"engine", "methods", "blocks", "ops", "models", "data", *LEAVES},
 }
 

@@ -1,0 +1,283 @@
+"""The networks of https://github.com/ChenxiangMA/AugLocal (98c90d6), trained by fastlocal.
+
+For its ``train.py`` (CIFAR-10, SVHN, STL-10) replace ``import networks.resnet`` by
+``from fastlocal.compat import auglocal as networks``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastlocal import models
+from fastlocal.blocks.heads import AvgPool, FusedSequential, InfoProHead, PredSimHead, Upsample
+from fastlocal.blocks.losses import cross_entropy
+from fastlocal.compat._official import (
+    OfficialNetwork,
+    TaskHead,
+    cut,
+    holder,
+    in_layout,
+    init_convs_and_norms,
+    interpolated,
+    register,
+    set_weights,
+    unit_names,
+    unit_outputs,
+)
+from fastlocal.errors import ArgumentError
+from fastlocal.methods import Method, Site, get_method
+from fastlocal.methods.base import check_choice
+from fastlocal.models.residual import BasicBlock
+
+resnet = sys.modules[__name__]  # the official scripts say networks.resnet.resnet32
+
+CLASSIFIERS = ("unifSamp", "DGL", "InfoPro", "PredSim", "0c1f")
+
+
+class LocalResNet(OfficialNetwork):
+    """A CIFAR ResNet whose first ``local_module_num - 1`` units have a head each; the rest is trained end to end.
+
+    Args, by their official names:
+        arch: "resnet32" or "resnet110", with ``layers`` residual blocks per stage.
+        local_module_num: heads and the rest, 1 to the number of units (16, 55); 1 is backprop. (The official script subtracts
+            ``aux_net_depth`` under the rule "AugLocal".)
+        batch_size: not used.
+        image_size: 32 or 96.
+        dataset: with "cifar" in it, images are taken to be normalised by CIFAR-10's mean and deviation, else by 0.5.
+        wide_list: widths of stem and stages, (w, w, 2w, 4w); w = 16 where there are heads.
+        aux_net_config: "unifSamp" (AugLocal), "DGL", "InfoPro", "PredSim" or "0c1f", the classifier of every head.
+        aux_net_config_aux_loss: "2c" or "4c", the decoder under the rule "InfoPro".
+        aux_net_widen, aux_net_widen_aux_loss: factors of the widths of the classifier and of that decoder.
+        hidden_dim: most features that the classifier "PredSim" pools to.
+        rule: "InfoPro" adds the reconstruction loss, "PredSim" the similarity loss, weighted by ixx; any other neither.
+        aux_net_depth, is_pyramid, paramid_coeff: depth of the classifier "unifSamp", and how it falls.
+        aux_net_feature_dim, hidden_dim_aux_loss: not used, as in the official code.
+
+    Raises ArgumentError for a value that the official code cannot run with.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        arch: str,
+        local_module_num: int,
+        batch_size: int,
+        image_size: int = 32,
+        dataset: str = "cifar10",
+        class_num: int = 10,
+        wide_list: Sequence[int] = (16, 16, 32, 64),
+        dropout_rate: float = 0,
+        aux_net_config: str = "1c2f",
+        aux_net_config_aux_loss: str = "1c2f",
+        aux_net_widen: float = 1,
+        aux_net_widen_aux_loss: float = 1,
+        aux_net_feature_dim: int = 128,
+        hidden_dim: int = 1024,
+        hidden_dim_aux_loss: int = 1024,
+        rule: str = "AugLocal",
+        aux_net_depth: int = 1,
+        is_pyramid: bool = False,
+        paramid_coeff: float = 1,
+    ) -> None:
+        super().__init__()
+        net = Backbone(
+            layers[0], num_classes=class_num, width=stem_width(wide_list, local_module_num > 1), dropout=dropout_rate
+        )
+        names = unit_names(net)
+        if not 1 <= local_module_num <= len(names):
+            raise ArgumentError(
+                f"local_module_num: got {local_module_num}; {arch} has {len(names)} units, so 1 to {len(names)}"
+            )
+        self.local_module_num, self.class_num, self.rule = local_module_num, class_num, rule
+        cuts = names[: local_module_num - 1]
+        recipe = Auxiliary(
+            mode="official",
+            rule=rule,
+            config=aux_net_config,
+            decoder=aux_net_config_aux_loss,
+            widen=aux_net_widen,
+            widen_decoder=aux_net_widen_aux_loss,
+            hidden_dim=hidden_dim,
+            depth=aux_net_depth,
+            pyramid=is_pyramid,
+            pyramid_coeff=paramid_coeff,
+            dataset=dataset,
+        )
+        local = cut(net, recipe, cuts, image_size)
+        register(self, net, "conv1", "bn1", "relu", "layer1", "layer2", "layer3", "avgpool", "fc")
+        for k, (name, head) in enumerate(zip(cuts, local.heads)):
+            place = stage_and_unit(name)
+            if isinstance(head, InfoProHead):
+                assert isinstance(head.decoder, nn.Sequential)
+                self.add_module(f"decoder_{place}", holder(decoder=decoder_layout(head.decoder)))
+            elif isinstance(head, PredSimHead):
+                assert head.sim is not None
+                self.add_module(f"decoder_{place}", holder(decoder=nn.Sequential(head.sim)))
+            height = local.blocks[k].cost.boundary[-1]
+            self.add_module(
+                f"aux_classifier_{place}", holder(head=_classifier_layout(_classifier(head), aux_net_config, height))
+            )
+        init_convs_and_norms(self)
+        self._runs(local)
+
+    def forward(
+        self,
+        img: Tensor,
+        target: Tensor | None = None,
+        ixx_1: float = 0,
+        ixy_1: float = 0,
+        ixx_2: float = 0,
+        ixy_2: float = 0,
+        return_features: bool = False,
+    ) -> tuple[Any, ...]:
+        """Images [B, 3, H, W] -> ``(logits, loss of the last block, [], [], [])``, and the features of all units if asked.
+
+        In training all gradients are in ``.grad`` on return; logits and loss are detached. In eval mode the loss is None
+        without a target.
+        """
+        units = [unit for stage in (self.layer1, self.layer2, self.layer3) for unit in stage.children()]  # type: ignore[union-attr]
+        loss: Tensor | None
+        collect: AbstractContextManager[list[Tensor]] = unit_outputs(units) if return_features else nullcontext([])
+        with collect as features:
+            if self.training:
+                heads = self.local.heads
+                set_weights(heads, interpolated(len(heads), ixx_1, ixy_1, ixx_2, ixy_2))
+                out = self._step(img, target)
+                logits, loss = out.logits, out.losses[-1]
+            else:
+                logits = self._logits(img)
+                loss = None if target is None else cross_entropy(logits, target)
+        result: tuple[Any, ...] = (logits, loss, [], [], [])
+        return (*result, [*features, logits.detach()]) if return_features else result
+
+
+def resnet32(**kwargs: Any) -> LocalResNet:
+    return LocalResNet([5, 5, 5], arch="resnet32", **kwargs)
+
+
+def resnet110(**kwargs: Any) -> LocalResNet:
+    return LocalResNet([18, 18, 18], arch="resnet110", **kwargs)
+
+
+# --- the heads --------------------------------------------------------------------------------------------------------
+
+
+class Backbone(models.ResNetCIFAR):
+    """A ResNet whose fresh units can have another width, for ``aux_net_widen``."""
+
+    def make_unit(self, i: int, in_channels: int, stride: int, width: int | None = None) -> nn.Module:
+        return super().make_unit(i, in_channels, stride) if width is None else BasicBlock(in_channels, width, stride)
+
+
+@dataclass
+class AuxiliaryOptions:
+    """See `LocalResNet`."""
+
+    rule: str = "AugLocal"
+    config: str = "unifSamp"
+    decoder: str = "2c"
+    widen: float = 1.0
+    widen_decoder: float = 1.0
+    hidden_dim: int = 1024
+    depth: int = 1
+    pyramid: bool = False
+    pyramid_coeff: float = 1.0
+    dataset: str = "cifar10"
+
+
+class Auxiliary(Method):
+    """The heads of the repository: a classifier by ``config``, and by ``rule`` a decoder or a similarity loss beside it."""
+
+    Options = AuxiliaryOptions
+
+    def head(self, site: Site) -> nn.Module:
+        o = self.options
+        check_choice("aux_net_config", o.config, CLASSIFIERS)
+        net = self._classifier(site)
+        if o.rule == "InfoPro":
+            dataset = "cifar10" if "cifar" in o.dataset else "svhn"
+            options = {"decoder": o.decoder, "widen": o.widen_decoder, "dataset": dataset}
+            head = get_method("infopro")(loss="cross_entropy", lam=(1, 1), **options).head(site)
+            assert isinstance(head, InfoProHead)
+            head.classifier = net
+            return head
+        if o.rule == "PredSim":
+            both = PredSimHead(site.shape, site.num_classes)
+            both.pred = net
+            return both
+        return TaskHead(net)
+
+    def _classifier(self, site: Site) -> FusedSequential:
+        o = self.options
+        channels = site.shape[0]
+        if o.config == "unifSamp" and self.depth_at(site) > 0:
+            options = {"depth": self.depth_at(site), "pyramid": False, "widen": o.widen}
+            return _classifier(get_method("auglocal")(mode="official", **options).head(site))
+        if o.config == "DGL":
+            return _classifier(get_method("dgl")(head="auglocal").head(site))
+        if o.config == "InfoPro":
+            return _classifier(get_method("infopro")(loss="cross_entropy", lam=(1, 1), widen=o.widen).head(site))
+        if o.config == "PredSim":
+            options = {"losses": "pred", "dim_in_decoder": o.hidden_dim}
+            return _classifier(get_method("predsim")(variant="auglocal", **options).head(site))
+        if o.widen != 1:
+            raise ArgumentError(f"aux_net_widen: got {o.widen}; a linear classifier takes the map as it is, so 1")
+        norm = [nn.BatchNorm1d(channels)] if o.config == "unifSamp" else []
+        return FusedSequential(AvgPool(), *norm, nn.Linear(channels, site.num_classes))
+
+    def depth_at(self, site: Site) -> int:
+        """``aux_net_depth`` of this head."""
+        o = self.options
+        if not o.pyramid or site.blocks <= 2:
+            return o.depth
+        fall = site.index * o.pyramid_coeff / (site.blocks - 2)
+        return max(1, round(o.depth * (1 - fall) + fall))
+
+
+def _classifier(head: nn.Module) -> FusedSequential:
+    """The network from which a head has its class scores."""
+    net = next(getattr(head, name) for name in ("net", "classifier", "pred") if hasattr(head, name))
+    assert isinstance(net, FusedSequential)
+    return net
+
+
+def _classifier_layout(net: FusedSequential, config: str, height: int) -> nn.Sequential:
+    if config == "PredSim":
+        pool = next((m for m in net if isinstance(m, nn.AvgPool2d)), nn.Identity())
+        return in_layout(net, pool, nn.Flatten(), None)
+    if config == "DGL":
+        quarter = math.ceil(height / 4)
+        hidden = [None, None, nn.ReLU()]
+        first, last = (nn.AdaptiveAvgPool2d(size) for size in (quarter, min(quarter, 2)))
+        return in_layout(net, first, *hidden * 3, last, nn.Flatten(), *hidden * 2, None)
+    return in_layout(net)
+
+
+# --- shared with InfoPro's networks, of which these are descendants ---------------------------------------------------
+
+
+def decoder_layout(decoder: nn.Sequential) -> nn.Sequential:
+    """The official ``decoder``: without the resize, which comes before it, and with the sigmoid, which our loss computes."""
+    return in_layout([m for m in decoder if not isinstance(m, Upsample)], also=[nn.Sigmoid()])
+
+
+def stage_and_unit(name: str) -> str:
+    """The end of official names: "stem" -> "0_0", "layer2.1" -> "2_1"."""
+    return "0_0" if name == "stem" else name.removeprefix("layer").replace(".", "_")
+
+
+def stem_width(wide_list: Sequence[int], heads: bool) -> int:
+    """The first of ``wide_list``. Raises ArgumentError unless every stage doubles, and it is 16 where there are heads."""
+    width = wide_list[0]
+    if tuple(wide_list) != (width, width, 2 * width, 4 * width) or (heads and width != 16):
+        raise ArgumentError(
+            f"wide_list: got {tuple(wide_list)}; networks with heads have (16, 16, 32, 64), backprop (w, w, 2w, 4w)"
+        )
+    return width
