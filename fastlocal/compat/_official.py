@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlocal.blocks.heads import ClassifierHead, InfoProHead, PredSimHead, task_loss
+from fastlocal.blocks.heads import ClassifierHead, InfoProHead, PredSimHead, Upsample, task_loss
 from fastlocal.blocks.losses import cross_entropy
 from fastlocal.blocks.types import LocalLoss, StepContext
 from fastlocal.engine.localize import localize
@@ -214,6 +214,29 @@ def init_convs_and_norms(module: nn.Module) -> None:
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
+
+
+# --- the CIFAR networks of InfoPro and its descendants ----------------------------------------------------------------
+
+
+def decoder_layout(decoder: nn.Sequential) -> nn.Sequential:
+    """The official ``decoder``: without the resize, which comes before it, and with the sigmoid, which our loss computes."""
+    return in_layout([m for m in decoder if not isinstance(m, Upsample)], also=[nn.Sigmoid()])
+
+
+def stage_and_unit(name: str) -> str:
+    """The end of official names: "stem" -> "0_0", "layer2.1" -> "2_1"."""
+    return "0_0" if name == "stem" else name.removeprefix("layer").replace(".", "_")
+
+
+def stem_width(wide_list: Sequence[int], heads: bool) -> int:
+    """The first of ``wide_list``. Raises ArgumentError unless every stage doubles, and it is 16 where there are heads."""
+    width = wide_list[0]
+    if tuple(wide_list) != (width, width, 2 * width, 4 * width) or (heads and width != 16):
+        raise ArgumentError(
+            f"wide_list: got {tuple(wide_list)}; networks with heads have (16, 16, 32, 64), backprop (w, w, 2w, 4w)"
+        )
+    return width
 
 
 # --- loss weights -----------------------------------------------------------------------------------------------------

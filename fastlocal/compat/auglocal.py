@@ -16,18 +16,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastlocal import models
-from fastlocal.blocks.heads import AvgPool, FusedSequential, InfoProHead, PredSimHead, Upsample
+from fastlocal.blocks.heads import AvgPool, FusedSequential, InfoProHead, PredSimHead
 from fastlocal.blocks.losses import cross_entropy
 from fastlocal.compat._official import (
     OfficialNetwork,
     TaskHead,
     cut,
+    decoder_layout,
     holder,
     in_layout,
     init_convs_and_norms,
     interpolated,
     register,
     set_weights,
+    stage_and_unit,
+    stem_width,
     unit_names,
     unit_outputs,
 )
@@ -258,26 +261,3 @@ def _classifier_layout(net: FusedSequential, config: str, height: int) -> nn.Seq
         first, last = (nn.AdaptiveAvgPool2d(size) for size in (quarter, min(quarter, 2)))
         return in_layout(net, first, *hidden * 3, last, nn.Flatten(), *hidden * 2, None)
     return in_layout(net)
-
-
-# --- shared with InfoPro's networks, of which these are descendants ---------------------------------------------------
-
-
-def decoder_layout(decoder: nn.Sequential) -> nn.Sequential:
-    """The official ``decoder``: without the resize, which comes before it, and with the sigmoid, which our loss computes."""
-    return in_layout([m for m in decoder if not isinstance(m, Upsample)], also=[nn.Sigmoid()])
-
-
-def stage_and_unit(name: str) -> str:
-    """The end of official names: "stem" -> "0_0", "layer2.1" -> "2_1"."""
-    return "0_0" if name == "stem" else name.removeprefix("layer").replace(".", "_")
-
-
-def stem_width(wide_list: Sequence[int], heads: bool) -> int:
-    """The first of ``wide_list``. Raises ArgumentError unless every stage doubles, and it is 16 where there are heads."""
-    width = wide_list[0]
-    if tuple(wide_list) != (width, width, 2 * width, 4 * width) or (heads and width != 16):
-        raise ArgumentError(
-            f"wide_list: got {tuple(wide_list)}; networks with heads have (16, 16, 32, 64), backprop (w, w, 2w, 4w)"
-        )
-    return width
