@@ -22,7 +22,16 @@ from fastlocal.errors import ArgumentError, did_you_mean
 from fastlocal.models.dgl_cnn import DGLCNN, dgl_cnn
 from fastlocal.models.gpt import GPT, gpt
 from fastlocal.models.mlp import MLP, mlp
-from fastlocal.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from fastlocal.models.resnet import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+)
 from fastlocal.models.resnet_cifar import ResNetCIFAR, resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202
 from fastlocal.models.swin import Swin, swin_base, swin_small, swin_tiny
 from fastlocal.models.vgg import VGG, vgg13, vgg19
@@ -43,6 +52,8 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         resnet50,
         resnet101,
         resnet152,
+        resnext50_32x4d,
+        resnext101_32x8d,
         vgg13,
         vgg19,
         vgg8b,

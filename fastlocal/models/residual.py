@@ -11,8 +11,8 @@ from fastlocal.models._common import init_conv_bn, pool_linear, positive_int, pr
 from fastlocal.ops.modules import hooked, norm_act, norm_act_conv, norm_act_pool
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -80,18 +80,28 @@ class BasicBlock(_Residual):
 class Bottleneck(_Residual):
     """1x1, 3x3 (strided), 1x1 convolutions and a shortcut: [B, in_channels, H, W] -> [B, 4*planes, H/stride, W/stride].
 
-    The stride sits on the 3x3 convolution, as in torchvision.
+    The stride sits on the 3x3 convolution, as in torchvision. ResNeXt (Xie et al. 2017, arXiv:1611.05431) has ``groups`` groups
+    there, of ``width_per_group`` channels each where ``planes`` is 64, and in proportion elsewhere.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, stride: int = 1, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int = 1,
+        dropout: float = 0.0,
+        groups: int = 1,
+        width_per_group: int = 64,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv3x3(planes, planes, stride)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        inner = int(planes * (width_per_group / 64)) * groups
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = _conv3x3(inner, inner, stride, groups)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, planes * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else None
@@ -118,12 +128,25 @@ class ResidualNet(nn.Module):
         num_classes: int,
         width: int | float,
         dropout: float,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         super().__init__()
         self.num_classes = positive_int("num_classes", num_classes)
         probability("dropout", dropout)
         planes = [int(width * 2**stage) for stage in range(len(depths))]
         self.block = block
+        self.groups = positive_int("groups", groups)
+        self.width_per_group = positive_int("width_per_group", width_per_group)
+        if block is not Bottleneck and (groups, width_per_group) != (1, 64):
+            raise ArgumentError(
+                f"groups={groups}, width_per_group={width_per_group}: {block.__name__} has neither; take a network of "
+                "Bottlenecks (resnet50 and deeper), or leave them at 1 and 64"
+            )
+        if int(planes[0] * (width_per_group / 64)) < 1:
+            raise ArgumentError(
+                f"width_per_group={width_per_group} leaves no channel at width={width}; give at least {-(-64 // planes[0])}"
+            )
         self.widths = [planes[0]] + [p for p, depth in zip(planes, depths, strict=True) for _ in range(depth)]
         self.conv1 = stem_conv
         self.bn1 = nn.BatchNorm2d(planes[0])
@@ -135,7 +158,7 @@ class ResidualNet(nn.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if index == 0 and name != "layer1" else 1
-                blocks.append(block(channels, p, stride, dropout))
+                blocks.append(self._block(channels, p, stride, dropout))
                 channels = p * block.expansion
             setattr(self, name, nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -168,7 +191,12 @@ class ResidualNet(nn.Module):
         Without dropout, as in AugLocal's auxiliary networks. Raises ArgumentError for an ``i`` that is no unit.
         """
         planes = self.widths[unit_index(i, len(self.widths))]
-        return init_conv_bn(self.block(positive_int("in_channels", in_channels), planes, stride))
+        return init_conv_bn(self._block(positive_int("in_channels", in_channels), planes, stride))
+
+    def _block(self, in_channels: int, planes: int, stride: int, dropout: float = 0.0) -> nn.Module:
+        if self.block is Bottleneck:
+            return Bottleneck(in_channels, planes, stride, dropout, self.groups, self.width_per_group)
+        return self.block(in_channels, planes, stride, dropout)
 
     def make_readout(self, in_features: int, num_classes: int) -> nn.Module:
         """A fresh global average pool, flatten and Linear."""

@@ -20,6 +20,8 @@ NAMES = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
     "vgg13",
     "vgg19",
     "vgg8b",
