@@ -1,6 +1,6 @@
 """The training methods, one short file each; importing this package registers them."""
 
-from fastlocal.methods import auglocal, bp, dgl, infopro, man, man_plus_plus, predsim
+from fastlocal.methods import auglocal, bp, dgl, hpff, infopro, man, man_plus_plus, mlaan, predsim
 from fastlocal.methods.base import LocalLoss, Method, Site, StepContext, get_method, list_methods, register
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "bp",
     "dgl",
     "get_method",
+    "hpff",
     "infopro",
     "list_methods",
     "man",
     "man_plus_plus",
+    "mlaan",
     "predsim",
     "register",
 ]

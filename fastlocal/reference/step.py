@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlocal.blocks.links import fire
 from fastlocal.engine.model import LocalModel
+from fastlocal.reference.cascade import cascade_backwards
 
 
 def train_step(model: LocalModel, batch: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -25,8 +26,12 @@ def train_step(model: LocalModel, batch: Any, optimizer: torch.optim.Optimizer) 
     args, kwargs, target = model.unpack(batch)
     fire(model.links, "before_step")
     context = model.context(args, kwargs, target)
-    losses = []
     optimizer.zero_grad()
+    if model.window > 1:
+        losses = cascade_backwards(model, args, context)
+        optimizer.step()
+        return losses
+    losses = []
 
     def train_block(k: int, h: Tensor) -> Tensor:
         loss = model.heads[k](h, context).loss
