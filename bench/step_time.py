@@ -3,27 +3,30 @@
     python -m fastlocal.bench.step_time --model resnet110 --method auglocal --blocks 55 --option depth=3 --batch 64
 
 Every variant trains its own copy of the same initial weights on the same batch; the variants take turns, so that a slow minute
-of the machine hits all of them. With ``--official DIR``, a checkout of the AugLocal repository, its own network joins in
-(``auglocal`` and ``dgl``; NCHW fp32, its training loop's one SGD and its ``.item()``).
+of the machine hits all of them. With ``--official DIR``, a checkout of the repository that published the method (CIFAR
+networks), its own network joins in: NCHW fp32, its training loop's one SGD and its ``.item()``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import fastlocal as fl
 from fastlocal import info
+from fastlocal.errors import ArgumentError
+from fastlocal.methods.infopro import NORMALISATION
 from fastlocal.reference import train_step
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
@@ -69,26 +72,78 @@ def backprop(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], A
     return step
 
 
-def official(folder: str, args: argparse.Namespace, options: dict[str, Any]) -> Callable[[], Any]:
-    """The AugLocal repository's own network and loop, on a CPU."""
-    sys.path.insert(0, folder)
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    from networks import resnet  # type: ignore[import-not-found]
+class Rival(NamedTuple):
+    """A network file of an official repository: ``folder/file.py``, arguments beyond the common ones, weights of losses."""
 
-    rule = {"auglocal": "AugLocal", "dgl": "DGL"}[args.method]
-    depth = options.get("depth", 0)
-    net = getattr(resnet, args.model)(
-        local_module_num=args.blocks - depth, batch_size=args.batch, image_size=32, dataset="cifar10", class_num=10,
-        wide_list=(16, 16, 32, 64), dropout_rate=0, aux_net_config="unifSamp" if rule == "AugLocal" else "DGL",
-        aux_net_config_aux_loss="2c", aux_net_feature_dim=128, hidden_dim=512, rule=rule, aux_net_depth=depth,
-        is_pyramid=rule == "AugLocal", paramid_coeff=0.5,
+    file: str
+    arguments: dict[str, Any]
+    weights: tuple[float, float, float, float] = (0, 1, 0, 1)
+
+
+_FAMILY = {
+    "aux_net_config": "2c2f", "local_loss_mode": "cross_entropy", "aux_net_widen": 1.0, "aux_net_feature_dim": 128,
+    "balanced_memory": False,
+}  # fmt: skip
+_AUGLOCAL = {"aux_net_config_aux_loss": "2c", "aux_net_feature_dim": 128, "hidden_dim": 512, "paramid_coeff": 0.5}
+
+
+def rival(method: str, blocks: int, options: dict[str, Any]) -> Rival:
+    """What the official code calls this run. Raises ArgumentError where it has no such network."""
+    depth = options.get("depth", 2) if method == "auglocal" else 0
+    if method in ("auglocal", "dgl", "predsim") or (method, options.get("loss")) == ("infopro", "cross_entropy"):
+        rule, config = {
+            "auglocal": ("AugLocal", "unifSamp"), "dgl": ("DGL", "DGL"), "predsim": ("PredSim", "PredSim"),
+            "infopro": ("InfoPro", "1c2f"),
+        }[method]  # fmt: skip
+        own = {"local_module_num": blocks - depth, "rule": rule, "aux_net_config": config, "aux_net_depth": depth}
+        weights = (5.0, 0.05, 0.2, 0.5) if method == "infopro" else (0, 1, 0, 1)
+        return Rival("networks/resnet", _AUGLOCAL | own | {"is_pyramid": rule == "AugLocal"}, weights)
+    family = _FAMILY | {"local_module_num": blocks}
+    lam = (5, 0.5, 0, 0)
+    if method == "infopro":
+        family |= {"aux_net_config": "1c2f", "local_loss_mode": "contrast"}
+        return Rival("networks/resnet", family, (5, 0.05, 0.2, 0.5))
+    average = {"momentum": 0.995}
+    streams = {"wx": 0.001, "wy": 0.999}
+    if method == "man_plus_plus":
+        head = {"dgl": "DGL", "infopro": "InfoPro"}[options.get("head", "infopro")]
+        return Rival(f"networks/resnet{head}_MANPP", family | average, lam)
+    known = {
+        "man": Rival("networks/resnetInfoPro_MAN", family | average, lam),
+        "hpff": Rival("network/resnetInfoPro_HPFF", family | streams, lam),
+        "mlaan": Rival("networks/resnetMLAAN", family | average | streams, (0, 0, 0, 0)),
+    }
+    if method not in known:
+        raise ArgumentError(f"--official: no official network is known for {method!r}; leave it out")
+    return known[method]
+
+
+def official(folder: str, args: argparse.Namespace, options: dict[str, Any]) -> Callable[[], Any]:
+    """The official repository's own network and loop, on a CPU."""
+    other = rival(args.method, args.blocks, options)
+    found = sorted(
+        Path(folder).rglob(f"{other.file}.py"), key=lambda path: ("imagenet" in str(path).lower(), str(path))
+    )
+    if not found:
+        raise ArgumentError(f"--official: {folder} has no {other.file}.py; give a checkout of the method's repository")
+    sys.path.insert(0, str(found[0].parents[1]))
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    module = importlib.import_module(other.file.replace("/", "."))
+    net = getattr(module, args.model)(
+        batch_size=args.batch, image_size=32, dataset="cifar10", class_num=10, wide_list=(16, 16, 32, 64), dropout_rate=0,
+        **other.arguments,
     )  # fmt: skip
     optimizer = torch.optim.SGD(net.parameters(), **SGD)
     x, y = torch.randn(args.batch, 3, 32, 32), torch.randint(0, 10, (args.batch,))
+    weights = dict(zip(("ixx_1", "ixy_1", "ixx_2", "ixy_2"), other.weights))
+    if other.weights[0]:  # its image loss takes images in [0, 1]
+        mean, std = (torch.tensor(NORMALISATION["cifar10"][i]).view(3, 1, 1) for i in range(2))
+        x = (torch.rand_like(x) - mean) / std
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = net(x, y, ixx_1=0, ixy_1=1, ixx_2=0, ixy_2=1)[1]
+        loss = net(x, y, **weights)[1]
         optimizer.step()
         return float(loss.detach())
 
@@ -118,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--official", metavar="DIR", help="a checkout of the AugLocal repository")
+    parser.add_argument("--official", metavar="DIR", help="a checkout of the repository that published the method")
     parser.add_argument("--json", type=Path, help="append the record to this .jsonl file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
