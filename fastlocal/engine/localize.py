@@ -361,7 +361,9 @@ class _Builder:
             return self.target, self.criterion
         x = first_tensor((self.args, self.kwargs))
         assert x is not None
-        target = torch.zeros((x.shape[0], *units.output_shape[:-1]), dtype=torch.int64, device=x.device)
+        classes_first = len(units.output_shape) > 2  # [B, V, H, W], as in torch
+        positions = units.output_shape[1:] if classes_first else units.output_shape[:-1]
+        target = torch.zeros((x.shape[0], *positions), dtype=torch.int64, device=x.device)
         # which targets a loss of the caller's would take is not known
         return target, self.criterion if self.check_targets else _any_loss
 
@@ -372,7 +374,7 @@ class _Builder:
             raise ArgumentError(
                 "num_classes: the backbone's output has no class dimension; give num_classes and a criterion"
             )
-        return units.output_shape[-1]
+        return units.output_shape[0 if len(units.output_shape) > 2 else -1]  # [B, V, H, W], as in torch
 
     def _sites(self, units: Units, starts: list[int], ends: list[int], found: Audit) -> list[Site]:
         x = first_tensor((self.args, self.kwargs))
