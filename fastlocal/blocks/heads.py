@@ -48,7 +48,7 @@ def task_loss(net: nn.Module, h: Tensor, ctx: StepContext, grad_scale: float = 1
     if net.training and fuses(h.device) and isinstance(net, FusedSequential):
         options = losses.cross_entropy_options(ctx.criterion, target)
         if options is None:
-            options, target = _token_targets(ctx)
+            options, target = token_targets(ctx)
             tokens = options is not None
     readout = _linear_readout(net) if options is not None else None  # type: ignore[arg-type]
     if options is None or readout is None:
@@ -70,7 +70,7 @@ def task_loss(net: nn.Module, h: Tensor, ctx: StepContext, grad_scale: float = 1
     return loss, {"correct": correct}
 
 
-def _token_targets(ctx: StepContext) -> tuple[dict[str, Any] | None, Tensor]:
+def token_targets(ctx: StepContext) -> tuple[dict[str, Any] | None, Tensor]:
     """Where the loss takes one class index per token, [B, T]: the operator's options, and its targets [B * T]."""
     criterion, target = ctx.criterion, ctx.target
     if not isinstance(target, Tensor) or target.dim() != 2 or target.is_floating_point():
