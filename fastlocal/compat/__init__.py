@@ -6,7 +6,10 @@ One module per repository; an official training script runs on it after a change
 import importlib
 from typing import Any
 
-_MODULES = ("auglocal",)
+_MODULES = (
+    "auglocal",
+    "infopro",
+)
 
 __all__ = list(_MODULES)
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlocal import models
 from fastlocal.blocks.heads import ClassifierHead, InfoProHead, PredSimHead, Upsample, task_loss
 from fastlocal.blocks.losses import cross_entropy
 from fastlocal.blocks.types import LocalLoss, StepContext
@@ -43,6 +44,7 @@ from fastlocal.engine.model import LocalModel
 from fastlocal.engine.output import LocalOutput
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import Method
+from fastlocal.models.residual import BasicBlock, Bottleneck
 from fastlocal.ops.modules import AvgPool
 
 
@@ -237,6 +239,49 @@ def stem_width(wide_list: Sequence[int], heads: bool) -> int:
             f"wide_list: got {tuple(wide_list)}; networks with heads have (16, 16, 32, 64), backprop (w, w, 2w, 4w)"
         )
     return width
+
+
+# --- the ImageNet networks of InfoPro and its descendants -------------------------------------------------------------
+
+
+def imagenet_backbone(
+    block: type[BasicBlock] | type[Bottleneck],
+    layers: Sequence[int],
+    num_classes: int,
+    groups: int = 1,
+    width_per_group: int = 64,
+    norm_layer: Callable[[int], nn.Module] | None = None,
+) -> models.ResNet:
+    """An ImageNet ResNet or ResNeXt, with norms made by ``norm_layer``. Raises ArgumentError for groups of a BasicBlock."""
+    net = models.ResNet(block, layers, num_classes=num_classes)
+    if (groups, width_per_group) != (1, 64):
+        if block is not Bottleneck:
+            raise ArgumentError("groups, width_per_group: a BasicBlock has 1 and 64")
+        for unit in [m for m in net.modules() if isinstance(m, Bottleneck)]:
+            _widen(unit, groups, width_per_group)
+    if norm_layer is not None:
+        for parent in list(net.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    parent.add_module(name, norm_layer(child.num_features))
+    return net
+
+
+def _widen(unit: Bottleneck, groups: int, width_per_group: int) -> None:
+    """Makes the inside of a bottleneck that of a ResNeXt."""
+    planes, channels = unit.conv1.out_channels, unit.conv1.in_channels
+    width = int(planes * (width_per_group / 64)) * groups
+    stride = unit.conv2.stride
+    unit.conv1, unit.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+    unit.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=groups, bias=False)  # type: ignore[arg-type]
+    unit.bn2, unit.conv3 = nn.BatchNorm2d(width), nn.Conv2d(width, planes * unit.expansion, 1, bias=False)
+
+
+def init_residuals(net: nn.Module) -> None:
+    """Zeroes the last norm of every residual branch."""
+    for m in net.modules():
+        if isinstance(m, BasicBlock | Bottleneck):
+            nn.init.zeros_((m.bn3 if isinstance(m, Bottleneck) else m.bn2).weight)
 
 
 # --- loss weights -----------------------------------------------------------------------------------------------------

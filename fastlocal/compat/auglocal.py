@@ -48,7 +48,7 @@ class LocalResNet(OfficialNetwork):
     """A CIFAR ResNet whose first ``local_module_num - 1`` units have a head each; the rest is trained end to end.
 
     Args, by their official names:
-        arch: "resnet32" or "resnet110", with ``layers`` residual blocks per stage.
+        block: `BasicBlock`, ``layers``: how many of them in each of the three stages, ``arch``: "resnet32" or "resnet110".
         local_module_num: heads and the rest, 1 to the number of units (16, 55); 1 is backprop. (The official script subtracts
             ``aux_net_depth`` under the rule "AugLocal".)
         batch_size: not used.
@@ -68,6 +68,7 @@ class LocalResNet(OfficialNetwork):
 
     def __init__(
         self,
+        block: type[nn.Module],
         layers: Sequence[int],
         arch: str,
         local_module_num: int,
@@ -162,11 +163,11 @@ class LocalResNet(OfficialNetwork):
 
 
 def resnet32(**kwargs: Any) -> LocalResNet:
-    return LocalResNet([5, 5, 5], arch="resnet32", **kwargs)
+    return LocalResNet(BasicBlock, [5, 5, 5], arch="resnet32", **kwargs)
 
 
 def resnet110(**kwargs: Any) -> LocalResNet:
-    return LocalResNet([18, 18, 18], arch="resnet110", **kwargs)
+    return LocalResNet(BasicBlock, [18, 18, 18], arch="resnet110", **kwargs)
 
 
 # --- the heads --------------------------------------------------------------------------------------------------------

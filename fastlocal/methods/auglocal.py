@@ -42,7 +42,8 @@ class AugLocal(Method):
 
     The backbone must offer ``make_unit(i, in_channels, stride)`` and, for tokens and vectors,
     ``make_readout(in_features, num_classes)``; where it offers ``make_aux_readout`` (VGG), that replaces mean and
-    linear layer. Both modes are the same.
+    linear layer. Both modes are the same at ``widen=1``; otherwise the official CIFAR code takes a unit that is wider than the
+    widened unit before it for one of a later stage, and halves the map there.
     """
 
     name: ClassVar[str] = "auglocal"
@@ -103,6 +104,7 @@ class AugLocal(Method):
         depth = self.depth_at(site.index, site.blocks)
         width = site.widths[site.unit] if site.widths is not None else 1
         channels = site.shape[0] if site.is_image else site.shape[-1]
+        widened = self.mode == "official" and self.options.form == "cifar"
         halvings = 0
         layers: list[nn.Module] = []
         for i in self.sampled_units(site.unit, site.units, depth):
@@ -112,7 +114,7 @@ class AugLocal(Method):
                 halvings += int(math.log2(max(1, site.widths[i] // width)))
                 stride = 2 if halvings >= 1 else 1
                 halvings -= stride - 1
-                width = site.widths[i]
+                width = int(site.widths[i] * (self.options.widen if widened else 1))
             unit = self._make_unit(site, i, channels, stride)
             layers.append(unit)
             channels = _channels_out(unit, channels, site, i)
