@@ -141,17 +141,18 @@ def dgl_net(
     kernel_size: int = 1,
     hidden: int = 3,
     bias: bool = True,
+    part: int = 4,
 ) -> FusedSequential:
     """The heads of the DGL repository: [B, C, H, W] -> [B, num_classes].
 
-    Pool to a quarter of the size (not before 3x3 convolutions), ``convs`` times conv + BN + ReLU of the same width,
+    Pool to 1/``part`` of the size (not before 3x3 convolutions), ``convs`` times conv + BN + ReLU of the same width,
     pool to 2x2, flatten to 4C, ``hidden`` times Linear + BN + ReLU of the same width, Linear. The default is its
     "mlp-sr"; ``convs=0`` its "mlp"; ``convs=2, kernel_size=3, hidden=0`` its "cnn", which has a BatchNorm2d in place of
     the hidden layers; ``hidden=2, bias=False`` the variant of the AugLocal repository.
     """
     channels, height, width = shape
     layers: list[nn.Module] = []
-    size = (math.ceil(height / 4), math.ceil(width / 4))
+    size = (math.ceil(height / part), math.ceil(width / part))
     if kernel_size == 1:
         layers.append(nn.AdaptiveAvgPool2d(size))
     for _ in range(convs):
@@ -233,13 +234,80 @@ class PredSimHead(nn.Module):
         if self.sim is not None:
             features = self.sim(h)
             dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-            matched = ctx.once(
-                ("target_similarity", self.num_classes, dtype),
-                lambda: losses.target_similarity(ctx.target, self.num_classes, dtype),
-            )
+            matched = None  # a kernel compares the targets itself
+            if not fuses(features.device):
+                matched = ctx.once(
+                    ("target_similarity", self.num_classes, dtype),
+                    lambda: losses.target_similarity(ctx.target, self.num_classes, dtype),
+                )
             sim = losses.similarity_matching_loss(features, ctx.target, self.num_classes, matched)
             terms.append(("sim", losses.scaled_gradient(sim, scales[1]), self.weights[1]))
         return (LocalLoss.of_weighted if fused else LocalLoss.of)(*terms, **scores)
+
+
+class BioPredSimHead(nn.Module):
+    """The "biologically plausible" form of `PredSimHead`: no weight of the head is transposed or learned from the classes.
+
+    The classes are projected to ``target_proj_size`` random numbers. Terms: ``"pred"``, binary cross-entropy of a linear readout
+    of the pooled activation with the signs of these numbers, whose gradient goes back through random weights of its own
+    (feedback alignment); ``"sim"``, the similarity of the pooled activations against that of the numbers. There are no class
+    scores.
+    """
+
+    projection: Tensor
+    feedback: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        losses: str = "predsim",
+        beta: float = 0.99,
+        dim_in_decoder: int = 4096,
+        target_proj_size: int = 128,
+    ) -> None:
+        super().__init__()
+        self.weights = {"predsim": (1 - beta, beta), "pred": (1.0, 0.0), "sim": (0.0, 1.0)}[losses]
+        layers, features = _decoder_pool(shape, dim_in_decoder)
+        self.pool = nn.Sequential(*[layer for layer in layers if not isinstance(layer, nn.Flatten)])
+        self.pred = nn.Linear(features, target_proj_size) if losses != "sim" else None
+        if self.pred is not None:
+            nn.init.zeros_(self.pred.weight)
+            nn.init.zeros_(self.pred.bias)
+            self.register_buffer("feedback", nn.Linear(features, target_proj_size, bias=False).weight.detach())
+        self.register_buffer("projection", nn.Linear(num_classes, target_proj_size, bias=False).weight.detach())
+
+    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        h = losses.full_precision(self.pool(h))
+        wide = h.dtype
+        target, projection = ctx.target, self.projection.to(wide).t()
+        projected = target.to(wide) @ projection if target.is_floating_point() else projection[target]
+        terms: list[tuple[str, Tensor, float]] = []
+        if self.pred is not None:
+            signs = (projected > 0).to(wide)
+            scores = _FeedbackAlignment.apply(h.flatten(1), self.pred.weight, self.pred.bias, self.feedback)
+            terms.append(("pred", F.binary_cross_entropy_with_logits(scores, signs), self.weights[0]))
+        if self.weights[1] > 0:
+            sim = F.mse_loss(losses.similarity_matrix(h), losses.similarity_matrix(projected))
+            terms.append(("sim", sim, self.weights[1]))
+        return LocalLoss.of(*terms)
+
+
+class _FeedbackAlignment(torch.autograd.Function):
+    """A linear layer whose input's gradient takes other, fixed weights (Lillicrap et al., arXiv 1411.0247)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, feedback: Tensor) -> Tensor:
+        ctx.save_for_backward(x, feedback)
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, feedback = ctx.saved_tensors
+        (grad,) = grads
+        return grad @ feedback.to(grad.dtype), grad.t() @ x, grad.sum(0), None
 
 
 def _decoder_pool(shape: tuple[int, ...], limit: int) -> tuple[list[nn.Module], int]:
@@ -355,16 +423,31 @@ def decoder_net(in_channels: int, image: tuple[int, int, int], *, convs: int = 2
     return FusedSequential(*layers, nn.Conv2d(width, image[0], 3, padding=1))
 
 
-def decoder_net_imagenet(in_channels: int, image: tuple[int, int, int]) -> FusedSequential:
-    """InfoPro's decoder for ImageNet: [B, in_channels, h, w] -> image logits [B, C, H, W].
+def decoder_net_imagenet(
+    in_channels: int, image: tuple[int, int, int], least: tuple[int, int] = (1, 1)
+) -> FusedSequential:
+    """InfoPro's decoder for ImageNet and Cityscapes: [B, in_channels, h, w] -> image logits [B, C, H, W].
 
-    1x1 conv -> 128; three times upsample (to 1/4, 1/2, 1 of the image) and 3x3 conv (-> 32, 12, the image's channels).
+    1x1 conv -> 128; three times upsample (to 1/4, 1/2, 1 of the image, but not below ``least``) and 3x3 conv (-> 32, 12, the
+    image's channels).
     """
     channels, height, width = image
     layers = conv_bn_relu(in_channels, 128, 1, bias=True)
     for part, (width_in, width_out) in ((4, (128, 32)), (2, (32, 12))):
-        layers += [Upsample((height // part, width // part)), *conv_bn_relu(width_in, width_out, 3, bias=True)]
+        size = (max(height // part, least[0]), max(width // part, least[1]))
+        layers += [Upsample(size), *conv_bn_relu(width_in, width_out, 3, bias=True)]
     return FusedSequential(*layers, Upsample((height, width)), nn.Conv2d(12, channels, 3, padding=1))
+
+
+def segmentation_net(in_channels: int, num_classes: int, size: tuple[int, int]) -> FusedSequential:
+    """InfoPro's second head for segmentation: [B, in_channels, h, w] -> a class score per pixel, [B, num_classes, *size].
+
+    3x3 conv (with bias) to half the channels + BN + ReLU, Dropout2d of 0.1, 1x1 conv, upsample. The published one has 1,024
+    channels and makes them 512.
+    """
+    width = max(1, in_channels // 2)
+    layers = [*conv_bn_relu(in_channels, width, 3, bias=True), nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1)]
+    return FusedSequential(*layers, Upsample(size))
 
 
 def classifier_net(

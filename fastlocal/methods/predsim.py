@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from fastlocal.blocks.heads import PredSimHead, init_convs
+from fastlocal.blocks.heads import BioPredSimHead, PredSimHead, init_convs
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import Method, Site, check_choice, check_number, register
 
@@ -21,12 +21,16 @@ class PredSimOptions:
     losses: "predsim", or "pred" or "sim" alone.
     beta: weight of the similarity loss; the prediction loss has 1 - beta.
     dim_in_decoder: most features that the prediction loss reads; None is the variant's own, 4096 or 512.
+    bio: the authors' more biologically plausible losses: feedback alignment in the readouts, random projections of the
+        classes to ``target_proj_size`` numbers as targets, no convolution before the similarity.
     """
 
     variant: str = "local-loss"
     losses: str = "predsim"
     beta: float = 0.99
     dim_in_decoder: int | None = None
+    bio: bool = False
+    target_proj_size: int = 128
 
 
 @register
@@ -53,6 +57,10 @@ class PredSim(Method):
         check_number("beta", o.beta, low=0, high=1)
         if o.dim_in_decoder is not None:
             check_number("dim_in_decoder", o.dim_in_decoder, low=1, integer=True)
+        check_choice("bio", o.bio, (False, True))
+        check_number("target_proj_size", o.target_proj_size, low=1, integer=True)
+        if o.bio and o.variant != "local-loss":
+            raise ArgumentError(f"bio: the form of variant='local-loss' only, got variant={o.variant!r}")
 
     def head(self, site: Site) -> nn.Module:
         o = self.options
@@ -62,6 +70,9 @@ class PredSim(Method):
                 "token; use method='dgl' or 'auglocal'"
             )
         limit = o.dim_in_decoder or (4096 if o.variant == "local-loss" else 512)
+        if o.bio:
+            options = {"losses": o.losses, "beta": o.beta, "dim_in_decoder": limit}
+            return BioPredSimHead(site.shape, site.num_classes, **options, target_proj_size=o.target_proj_size)
         head = PredSimHead(site.shape, site.num_classes, losses=o.losses, beta=o.beta, dim_in_decoder=limit)
         if o.variant == "auglocal":
             return init_convs(head)

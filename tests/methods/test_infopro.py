@@ -1,10 +1,19 @@
+import functools
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
+import fastlocal as fl
 from fastlocal import models
+from fastlocal.blocks.heads import Upsample
+from fastlocal.blocks.losses import cross_entropy
+from fastlocal.blocks.types import StepContext
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.infopro import CONFIGS, InfoPro
+from fastlocal.ops._dispatch import as_on_gpu
+from fastlocal.reference import train_step
 from tests.methods.sites import run_head, site, sites_of
 
 CIFAR = torch.zeros(2, 3, 32, 32)
@@ -31,6 +40,12 @@ def unit_names(net):
         (models.resnet101, 2, {"form": "imagenet"}, ["layer2.0"]),
         (models.resnet152, 2, {"form": "imagenet"}, ["layer2.5"]),
         (models.resnet101, 4, {"form": "imagenet"}, None),
+        (models.resnext101_32x8d, 2, {"form": "imagenet"}, ["layer2.2"]),
+        (models.resnext101_32x8d, 2, {"form": "imagenet", "balanced_memory": True}, ["layer2.2"]),
+        (models.resnet101, 2, {"form": "cityscapes"}, ["layer3.12"]),
+        (models.resnet101, 3, {"form": "cityscapes"}, None),
+        (models.resnet152, 2, {"form": "cityscapes"}, None),
+        (models.resnet50, 2, {"form": "cityscapes"}, None),
     ],
 )
 def test_published_cuts(net, blocks, options, expected):
@@ -74,6 +89,8 @@ def at(index, blocks, units):
         ({"balanced_memory": True, "dataset": "stl10"}, 55, 4, 1, (15, 0.75)),
         ({"form": "imagenet"}, 34, 2, 0, (5, 0.75)),
         ({"form": "imagenet"}, 51, 2, 0, (5, 1)),
+        ({"form": "imagenet", "balanced_memory": True}, 51, 2, 0, (5, 1)),
+        ({"form": "cityscapes"}, 36, 2, 0, (1.5, 1)),
         ({"lam": (3, 1)}, 7, 5, 2, (3, 1)),
         ({"lam": (4, 0, 0, 2)}, 7, 5, 0, (4, 0)),
         ({"lam": (4, 0, 0, 2)}, 7, 5, 3, (0, 2)),
@@ -164,10 +181,149 @@ def test_normalisation_follows_the_data_set_or_is_given():
     [
         {"shape": (6, 8)},
         {"shape": (8,)},
-        {"shape": (8, 4, 4), "dense": True},
+        {"shape": (6, 8), "dense": True},
         {"shape": (8, 4, 4), "input_shape": (64,)},
     ],
 )
 def test_networks_that_are_not_image_classifiers_are_refused(changes):
     with pytest.raises(ArgumentError, match=r"'infopro' reconstructs an image.*use method='dgl' or 'auglocal'"):
         InfoPro(lam=(1, 1)).head(site(**changes))
+
+
+class Segmenter(nn.Module):
+    """A fully convolutional network of four units, its last map at a quarter of the image."""
+
+    def __init__(self, channels=3, num_classes=4):
+        super().__init__()
+        widths = [channels, 4, 8, 8, 8]
+        self.body = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2 if i < 2 else 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+                for i, (a, b) in enumerate(itertools.pairwise(widths))
+            )
+        )
+        self.classes = nn.Conv2d(8, num_classes, 1)
+
+    def units(self):
+        return [(f"body.{i}", unit) for i, unit in enumerate(self.body)]
+
+    def readout(self, h):
+        return nn.functional.interpolate(self.classes(h), scale_factor=4, mode="bilinear", align_corners=False)
+
+    def forward(self, x):
+        return self.readout(self.body(x))
+
+
+def pixels(rows=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(rows, 3, 16, 24, generator=g), torch.randint(0, 4, (rows, 16, 24), generator=g)
+    y[:, :5, :7] = 255
+    return x, y
+
+
+VOID = functools.partial(cross_entropy, ignore_index=255)
+
+
+def test_the_segmentation_heads_have_the_published_layers():
+    torch.manual_seed(0)
+    where = site((1024, 8, 8), input_shape=(3, 64, 64), num_classes=19, dense=True, blocks=2)
+    head = InfoPro(form="cityscapes").head(where)
+    assert head.weights == (1.5, 1.0) and not head.contrast and head.mean.flatten().tolist() == [0.485, 0.456, 0.406]
+    conv, norm, act, drop, scores, up = head.classifier
+    assert conv.weight.shape == (512, 1024, 3, 3) and conv.bias is not None and norm.num_features == 512
+    assert (type(act), type(drop), drop.p) == (nn.ReLU, nn.Dropout2d, 0.1)
+    assert scores.weight.shape == (19, 512, 1, 1) and scores.bias is not None and up.size == (64, 64)
+    # As torch draws them, not as in ResNets: uniform with bound 1 / sqrt(inputs).
+    assert conv.weight.abs().max() <= (9 * 1024) ** -0.5
+    convs = [m for m in head.decoder if isinstance(m, nn.Conv2d)]
+    assert [tuple(c.weight.shape) for c in convs] == [(128, 1024, 1, 1), (32, 128, 3, 3), (12, 32, 3, 3), (3, 12, 3, 3)]
+    assert [m.size for m in head.decoder if isinstance(m, Upsample)] == [(16, 16), (32, 32), (64, 64)]
+    # The same in every form, and for a boundary that is larger than a quarter of the image.
+    again = InfoPro(lam=(1, 1)).head(site((8, 24, 24), input_shape=(3, 32, 32), dense=True))
+    assert [m.size for m in again.decoder if isinstance(m, Upsample)] == [(24, 24), (24, 24), (32, 32)]
+
+
+def test_the_losses_of_a_segmentation_head_are_these():
+    """Step by step, from the published formulas; the image is restored with ImageNet's mean and deviation."""
+    torch.manual_seed(0)
+    x, y = pixels()
+    model = fl.localize(Segmenter(), "infopro", blocks=2, sample=x[:2], criterion=VOID)
+    (head,) = model.heads
+    assert type(head.classifier[3]) is nn.Dropout2d
+    head.classifier[3].p = 0.0
+    h = torch.randn(3, *model.blocks[0].cost.boundary)
+    local = head(h, StepContext(target=y, input=x, criterion=VOID))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    image = (x * std + mean).clamp(0, 1)
+    reconstruction = nn.functional.binary_cross_entropy(torch.sigmoid(head.decoder(h)), image)
+    small = nn.functional.relu(head.classifier[1](head.classifier[0](h)))
+    scores = nn.functional.interpolate(head.classifier[4](small), size=(16, 24), mode="bilinear", align_corners=True)
+    task = nn.functional.cross_entropy(scores, y, ignore_index=255)
+    assert list(local.terms) == ["reconstruction", "task"]
+    assert torch.allclose(local.terms["reconstruction"][0], reconstruction) and torch.allclose(
+        local.terms["task"][0], task
+    )
+    assert torch.allclose(local.loss, 1.5 * reconstruction + task)
+    assert local.logits.shape == (3, 4, 16, 24)
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_a_segmentation_network_trains_by_all_three_ways(blocks):
+    x, y = pixels(6)
+    options = {} if blocks == 2 else {"lam": (1.5, 1)}
+
+    def make():
+        torch.manual_seed(0)
+        model = fl.localize(Segmenter(), "infopro", blocks=blocks, sample=x[:2], criterion=VOID, **options)
+        for head in model.heads:
+            head.classifier[3].p = 0.0  # one stream of random numbers per block would differ between the ways
+        return model
+
+    sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=False, fused=False)
+    plain, a, b, fused = (make() for _ in range(4))
+    optimizers = sgd(plain.parameters()), sgd(a.parameters())
+    engines = fl.Engine(b, lambda named: sgd(named)), fl.Engine(fused, lambda named: sgd(named))
+    for _ in range(3):
+        first = train_step(plain, (x, y), optimizers[0])
+        out = a(x, y, return_logits=True)
+        assert out.logits.shape == (6, 4, 16, 24)
+        out.loss.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        done = engines[0].step(x, y)
+        with as_on_gpu():
+            there = engines[1].step(x, y)
+        assert torch.equal(out.losses, done.losses) and torch.allclose(torch.stack(list(first)), done.losses)
+        assert torch.allclose(there.losses, done.losses, rtol=1e-4) and torch.equal(out.correct, done.correct)
+        assert 0 < done.correct[-1] < (y != 255).sum()
+    for p, q, r, s in zip(a.parameters(), b.parameters(), plain.parameters(), fused.parameters()):
+        assert torch.equal(p, q) and torch.allclose(r, q, atol=1e-6) and torch.allclose(s, q, atol=1e-4)
+    assert torch.equal(b.eval()(x), b.export().eval()(x)) and b(x).shape == (6, 4, 16, 24)
+
+
+def test_the_last_layers_of_a_segmenter_do_not_train_its_first_block():
+    x, y = pixels()
+    model = fl.localize(Segmenter(), "infopro", blocks=2, sample=x[:2], criterion=VOID)
+    with torch.no_grad():
+        model.backbone.classes.weight.mul_(1000)
+    before = [p.grad for p in model.blocks[0].parameters()]
+    assert before == [None] * len(before)
+    torch.manual_seed(1)
+    model(x, y).loss.backward()
+    one = [p.grad.clone() for p in model.blocks[0].parameters()]
+    model.zero_grad()
+    with torch.no_grad():
+        model.backbone.classes.weight.mul_(0)
+    torch.manual_seed(1)
+    model(x, y).loss.backward()
+    # Not the same statistics of BatchNorm: they are of the batch, so the gradients are bitwise equal.
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.blocks[0].parameters(), one))
+
+
+def test_the_cityscapes_form_needs_a_label_per_pixel():
+    with pytest.raises(ArgumentError, match=r"form: 'cityscapes' has one label per pixel.*use form='imagenet'"):
+        InfoPro(form="cityscapes").head(site((8, 4, 4), blocks=2))
+    with pytest.raises(
+        ArgumentError, match=r"lam: no published values for 3 blocks.*on cityscapes \(there are: 2 blocks\)"
+    ):
+        InfoPro().head(site((8, 4, 4), dense=True))
