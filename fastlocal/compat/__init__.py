@@ -9,6 +9,8 @@ from typing import Any
 _MODULES = (
     "auglocal",
     "infopro",
+    "man",
+    "man_plus_plus",
 )
 
 __all__ = list(_MODULES)

@@ -11,7 +11,9 @@ from torch import nn
 from fastlocal.blocks.heads import (
     ClassifierHead,
     InfoProHead,
+    classifier_net,
     classifier_net_imagenet,
+    decoder_net,
     decoder_net_imagenet,
     init_convs,
     man_plus_plus_net,
@@ -19,10 +21,12 @@ from fastlocal.blocks.heads import (
 from fastlocal.blocks.links import EMALink, Link
 from fastlocal.blocks.man import FusedHead, Fusion, classifier_net_deep, decoder_net_deep, shape_after
 from fastlocal.errors import ArgumentError
-from fastlocal.methods.base import Site, check_choice, check_number, register
-from fastlocal.methods.infopro import NORMALISATION, InfoPro, InfoProOptions
+from fastlocal.methods.base import Method, Site, check_choice, check_number, register
+from fastlocal.methods.infopro import BALANCED_CUTS, CONFIGS, NORMALISATION, _numbers
+from fastlocal.methods.infopro import CUTS as INFOPRO_CUTS
+from fastlocal.ops.modules import FusedSequential
 
-# The cuts that InfoPro has none of, by form, units of the net and blocks.
+# Cuts beside InfoPro's, by form, units of the net and blocks.
 CUTS = {
     "cifar": {
         55: {
@@ -32,37 +36,53 @@ CUTS = {
         }
     },
     "imagenet": {
-        34: {4: "layer2.2 layer3.8 layer3.16"},  # ResNet-101
-        51: {4: "layer2.6 layer3.13 layer3.25"},  # ResNet-152
+        34: {2: "layer2.0", 4: "layer2.2 layer3.8 layer3.16"},  # ResNet-101, ResNeXt-101
+        51: {2: "layer2.5", 4: "layer2.6 layer3.13 layer3.25"},  # ResNet-152
     },
 }
 LAMBDAS = {"cifar": (5.0, 0.5), "imagenet": (5.0, 0.75)}
 
 
 @dataclass
-class MANOptions(InfoProOptions):
-    """InfoPro's options with this paper's defaults, and these.
+class MANOptions:
+    """Options, with the names of the paper and its code.
 
     momentum: m, weight of the past in the average.
-    head: "infopro" (decoder and classifier) or "dgl" (the pooled MLP of the MAN++ repository; of the others, it reads
-        ``feature_dim`` only).
-    when: the point of a step at which the averages move, "after_backward" of the block, or
-        "between_forward_and_backward", after its forward: then its gradient is taken through the new average. None is
-        what the mode does.
-    lam: None is (5, 0.5) in the CIFAR form, (5, 0.75) in the ImageNet form. In official mode, the CIFAR form starts from
-        there and goes to (0, 0), and the ImageNet form has no other.
-    config, loss: "2c2f" and "cross_entropy", as the repository's command.
+    head: "infopro" (a decoder and a classifier) or "dgl" (the pooled MLP of the MAN++ repository; of the options below, it
+        reads ``feature_dim``, ``form`` and those of the partition).
+    lam: (lambda1, lambda2) of every head's reconstruction and label loss, or (lambda1 first, lambda2 first, lambda1 last,
+        lambda2 last). None is (5, 0.5) in the CIFAR form, from where official mode goes to (0, 0), and (5, 0.75) in the
+        ImageNet form, where official mode has no other. A term of weight 0 is left out in paper mode.
+    config: convolutions and linear layers of the classifier, "2c2f" for two and two.
+    loss: "cross_entropy" or "contrast" (supervised contrastive); the ImageNet form has cross-entropy always.
+    widen, feature_dim: factor of all widths of decoder and classifier; width of linear layers and contrastive features.
+    form: "cifar" or "imagenet", the two published sets of heads and cuts.
+    dataset: "cifar10", "stl10", "svhn" or "imagenet": which normalisation applies, and which balanced cuts. None goes by
+        ``form``.
+    balanced_memory: cut where the blocks take equal memory, as InfoPro*.
+    mean, std: what the input was normalised with, per channel; None takes those of the dataset.
+    when: the point of a step at which the averages move, "after_backward" of the block, or "between_forward_and_backward",
+        after its forward: then its gradient is taken through the new average. None is what the mode does.
     """
 
-    config: str = "2c2f"
-    loss: str = "cross_entropy"
     momentum: float = 0.995
     head: str = "infopro"
+    lam: Sequence[float] | None = None
+    config: str = "2c2f"
+    loss: str = "cross_entropy"
+    widen: float = 1.0
+    feature_dim: int = 128
+    temperature: float = 0.07
+    form: str = "cifar"
+    dataset: str | None = None
+    balanced_memory: bool = False
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     when: str | None = None
 
 
 @register
-class MAN(InfoPro):
+class MAN(Method):
     """``y = LB(h) + EMA(h)`` of two copies of the next block's first unit, under InfoPro's heads; for residual networks.
 
     LB is trained; EMA takes no gradient, passes one on to the block, and averages the unit's parameters with weight
@@ -88,26 +108,54 @@ class MAN(InfoPro):
     scaled: ClassVar[bool] = False
 
     def validate(self) -> None:
-        super().validate()
         o = self.options
         check_number("momentum", o.momentum, low=0, high=1)
         check_choice("head", o.head, ("infopro", "dgl"))
+        check_choice("config", o.config, CONFIGS)
+        check_choice("loss", o.loss, ("cross_entropy", "contrast"))
+        check_number("widen", o.widen, low=0.1)
+        check_number("feature_dim", o.feature_dim, low=1, integer=True)
+        check_number("temperature", o.temperature, low=1e-4)
+        check_choice("form", o.form, ("cifar", "imagenet"))
+        if o.dataset is None:
+            o.dataset = "cifar10" if o.form == "cifar" else "imagenet"
+        check_choice("dataset", o.dataset, NORMALISATION)
+        check_choice("balanced_memory", o.balanced_memory, (False, True))
         check_choice("when", o.when, (None, "after_backward", "between_forward_and_backward"))
-        if o.head == "dgl" and o.lam is not None:
-            raise ArgumentError(f"lam: got {o.lam}, but head='dgl' has one loss, of weight 1; leave lam out")
+        if o.lam is not None:
+            if o.head == "dgl":
+                raise ArgumentError(f"lam: got {o.lam}, but head='dgl' has one loss, of weight 1; leave lam out")
+            what = "(lambda1, lambda2) or their values at the first and at the last head"
+            o.lam = _numbers("lam", o.lam, (2, 4), what)
+            if min(o.lam) < 0:
+                raise ArgumentError(f"lam: got {o.lam}; give weights of at least 0")
+        for name in ("mean", "std"):
+            if getattr(o, name) is not None:
+                setattr(o, name, _numbers(name, getattr(o, name), (1, 2, 3, 4), "one per image channel"))
+        if o.std is not None and min(o.std) <= 0:
+            raise ArgumentError(f"std: got {o.std}; give positive numbers")
         self.k = 0  # the published K, see resolve
 
     def prepare(self, blocks: int, units: int) -> int:
         return blocks - 1 if blocks == units and units > 2 else blocks
 
     def cuts(self, blocks: int, unit_names: list[str], net: nn.Module) -> list[int] | None:
-        units = len(unit_names)
+        o, units = self.options, len(unit_names)
         if blocks == units - 1 and units > 2:
             return list(range(1, units - 1))
-        names = CUTS[self.options.form].get(units, {}).get(blocks, "").split()
-        if names and not self.options.balanced_memory and all(name in unit_names for name in names):
+        if o.balanced_memory:
+            tables = [BALANCED_CUTS.get(o.dataset, {}) if units == 55 and o.form == "cifar" else {}]
+        else:
+            tables = [CUTS[o.form].get(units, {}), INFOPRO_CUTS.get(units, {}) if o.form == "cifar" else {}]
+        names = next((table[blocks] for table in tables if blocks in table), "").split()
+        if names and all(name in unit_names for name in names):
             return [unit_names.index(name) for name in names]
-        return super().cuts(blocks, unit_names, net)
+        if o.balanced_memory and blocks > 1:
+            raise ArgumentError(
+                f"balanced_memory: no published cuts of {units} units into {blocks} blocks on {o.dataset}; there are some for "
+                "ResNet-110 into 2, 3 and 4 on cifar10 and stl10; pass blocks=[names of the units to cut after]"
+            )
+        return None
 
     def resolve(self, sites: list[Site]) -> None:
         if sites:
@@ -172,8 +220,8 @@ class MAN(InfoPro):
                 f"lam: both weights of block {site.index} are 0, so it would not be trained; give one above 0"
             )
         return InfoProHead(
-            self._decoder(after.shape[0], image) if keep[0] else None,
-            self._classifier(after) if keep[1] else None,
+            self.decoder(after.shape[0], image) if keep[0] else None,
+            self.classifier(after) if keep[1] else None,
             contrast=o.loss == "contrast" and o.form == "cifar",
             weights=weights,
             mean=mean,
@@ -181,16 +229,31 @@ class MAN(InfoPro):
             temperature=o.temperature,
         )
 
-    def _decoder(self, channels: int, image: tuple[int, int, int]) -> nn.Module:
+    def decoder(self, channels: int, image: tuple[int, int, int]) -> FusedSequential:
+        """A new decoder for maps of ``channels``."""
         if self.options.form == "imagenet":
             return (decoder_net_deep if channels >= 1024 else decoder_net_imagenet)(channels, image)
-        return super()._decoder(channels, image)
+        return decoder_net(channels, image, width=int(12 * self.options.widen))
 
-    def _classifier(self, site: Site) -> nn.Module:
-        if self.options.form == "imagenet":
-            net = classifier_net_deep if site.shape[0] >= 1024 else classifier_net_imagenet
-            return net(site.shape[0], site.num_classes)
-        return super()._classifier(site)
+    def classifier(self, site: Site) -> FusedSequential:
+        """A new classifier for the output of unit ``site.unit``: it doubles the width at stride 2, but in the net's last
+        stage (without ``net.widths``: on maps of 8x8 and smaller).
+        """
+        o, channels = self.options, site.shape[0]
+        if o.form == "imagenet":
+            return (classifier_net_deep if channels >= 1024 else classifier_net_imagenet)(channels, site.num_classes)
+        if site.widths is not None:
+            grow = site.widths[site.unit] < max(site.widths)
+        else:
+            grow = max(site.shape[1:]) > 8
+        convs, linears = CONFIGS[o.config]
+        out = o.feature_dim if o.loss == "contrast" else site.num_classes
+        return classifier_net(
+            channels,
+            [int((2 if grow else 1) * channels * o.widen)] * convs,
+            2 if grow else 1,
+            [int(o.feature_dim * o.widen)] * (linears - 1) + [out],
+        )
 
     def update_point(self, site: Site) -> str:
         """When the average of this block's head moves."""

@@ -87,12 +87,14 @@ class MANPlusPlus(MAN):
         )
 
     def _infopro(self, after: Site, site: Site) -> nn.Module:
-        recipe = self
-        if self.mode == "official" and self.options.form == "cifar" and site.unit == 0:
-            # The code builds this one head without passing the options on.
-            recipe = copy.copy(self)
-            recipe.options = replace(self.options, config="1c2f", loss="contrast")
-        return super(MANPlusPlus, recipe)._infopro(after, site)
+        of_stem = self.mode == "official" and self.options.form == "cifar" and site.unit == 0
+        return super(MANPlusPlus, self.of_stem() if of_stem else self)._infopro(after, site)
+
+    def of_stem(self) -> MANPlusPlus:
+        """The recipe of the stem's head, which the official code builds without passing the options on."""
+        recipe = copy.copy(self)
+        recipe.options = replace(self.options, config="1c2f", loss="contrast")
+        return recipe
 
     def update_point(self, site: Site) -> str:
         early = self.mode == "official" and (self.options.form == "imagenet" or not site.is_image)
