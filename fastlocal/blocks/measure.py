@@ -115,7 +115,7 @@ _registered: dict[str, int | Callable[[tuple[Any, ...], dict[str, Any]], int]] =
     "fastlocal::pool_linear_cross_entropy": _head_launches,
     "fastlocal::reconstruction_loss": _reconstruction_launches,
     "fastlocal::reconstruction_loss_backward": _reconstruction_backward_launches,
-    "fastlocal::similarity_matching_loss": _similarity_launches,  # no kernels of their own: ATen's
+    "fastlocal::similarity_matching_loss": _similarity_launches,
     "fastlocal::supervised_contrastive_loss": _contrastive_launches,
 }
 

@@ -9,6 +9,8 @@ Everything is computed in at least float32, whatever the dtype of the features. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,8 +50,16 @@ def similarity_matrix(x: Tensor) -> Tensor:
 def target_similarity(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """``similarity_matrix`` of the one-hot targets (or of probabilities as they are), [B, B]: labels only."""
     if not target.is_floating_point():
-        target = F.one_hot(target, num_classes)
+        target = F.one_hot(target.long(), num_classes)
     return similarity_matrix(target.to(dtype))
+
+
+def class_similarity(num_classes: int) -> tuple[float, float]:
+    """``target_similarity`` of two one-hot targets of one class, and of two classes: all that there is of indices."""
+    square, product = 1 - 1 / num_classes, -1 / num_classes
+    if num_classes == 1:  # nothing is left without the mean
+        return 0.0, 0.0
+    return square / (math.sqrt(square) + EPS) ** 2, product / (math.sqrt(square) + EPS) ** 2
 
 
 def similarity_matching_loss(

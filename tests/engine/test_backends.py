@@ -112,11 +112,16 @@ def test_a_form_asked_for_by_name() -> None:
         fl.Engine(copy.deepcopy(model).to("meta"), fused_sgd, backend="native")
 
 
-def test_operators_without_that_form_choose_by_themselves(chosen: set[str]) -> None:
+def test_operators_without_that_form_choose_by_themselves(chosen: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_operators", dict(_dispatch._operators))
+    forms = [_dispatch.Candidate(name, lambda s: None) for name in ("aten", "reference")]
+    _dispatch.register("without_triton", lambda: (), forms)
     x, y = torch.randn(4, 5), torch.randint(3, (4,))
     maps, w = torch.randn(4, 5, 2, 2), torch.randn(3, 5)
     with _dispatch.where_it_exists("triton"):
-        assert ops.explain("similarity_matching_loss", x, y, 3).chosen not in (None, "triton")
+        assert ops.explain("without_triton").chosen == "aten"
+        assert _dispatch.choose("without_triton", (), "auto") == "aten"
+        chosen.clear()
         choice = ops.explain("pool_linear_cross_entropy", maps, w, None, y)
         assert choice.chosen is None and choice.requested == "triton"
         with pytest.raises(BackendError, match='backend "triton" cannot serve'):

@@ -160,13 +160,38 @@ def test_empty_batch(shape, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_shared_target_matrix(impl):
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("shape", [(9,), (8, 3, 3), (3, 5)])
+def test_shared_target_matrix(shape, kind, impl):
     torch.manual_seed(0)
-    x, target = torch.randn(9, 8, 3, 3), labels("few", 9)
-    shared = reference.target_similarity(target, CLASSES)
-    expected = similarity_matching_loss_value_and_grad(x, target, CLASSES, impl=impl)
-    for got, want in zip(similarity_matching_loss_value_and_grad(x, target, CLASSES, shared, impl=impl), expected):
-        assert torch.equal(got, want)
+    x, target = torch.randn(9, *shape), labels(kind, 9)
+    shared = reference.target_similarity(target, 9)
+    for form in (similarity_matching_loss_value_and_grad, value_and_gradient):
+        expected = form(x, target, 9, impl=impl)
+        for got, want in zip(form(x, target, 9, shared, impl=impl), expected):
+            assert torch.equal(got, want)
+
+
+def value_and_gradient(x, *args, **options):
+    return with_gradient(lambda t: similarity_matching_loss(t, *args, **options), x)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 10, 1000])
+def test_similarity_of_two_classes(num_classes):
+    """Of indices there are two numbers in the matrix."""
+    target = torch.tensor([0, num_classes - 1, 0, num_classes - 1])
+    expected = reference.target_similarity(target, num_classes, torch.float64)
+    same, different = reference_module().class_similarity(num_classes)
+    got = torch.where(target[:, None] == target[None], same, different)
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-6, atol=1e-9)
+    for kind in (torch.int32, torch.uint8, torch.bool):
+        if num_classes <= 2 or (kind != torch.bool and num_classes < 256):
+            assert torch.equal(reference.target_similarity(target.to(kind), num_classes, torch.float64), expected)
+            assert torch.equal(MODULE._matched(target.to(kind), num_classes, torch.float64), expected)
+
+
+def reference_module():
+    return sys.modules[reference.target_similarity.__module__]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -267,10 +292,12 @@ def test_poisoned_memory(shape, impl, monkeypatch):
         assert all(torch.equal(a, b) for c, d in zip(clean, dirty) for a, b in zip(c, d))
 
 
-def call(shape, dtype, form, impl="aten"):
+def call(shape, dtype, form, impl="aten", kind="matrix", rows=6):
     torch.manual_seed(0)
-    matched = reference.target_similarity(labels("few", 6), CLASSES, torch.promote_types(dtype, torch.float32))
-    return torch.randn(6, *shape).to(dtype), matched, 2.0, form, impl
+    target = labels("few" if kind == "matrix" else kind, rows)
+    matched = reference.target_similarity(target, CLASSES, torch.promote_types(dtype, torch.float32))
+    given = (None, matched) if kind == "matrix" else (target, None)
+    return torch.randn(rows, *shape).to(dtype), *given, CLASSES, 2.0, form, impl
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -279,6 +306,9 @@ def call(shape, dtype, form, impl="aten"):
 def test_opcheck(shape, form, impl):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         torch.library.opcheck(OPERATOR, call(shape, dtype, form, impl))
+    if impl == "aten":
+        torch.library.opcheck(OPERATOR, call(shape, torch.float32, form, impl, "few"))
+        torch.library.opcheck(OPERATOR, call(shape, torch.float32, form, impl, "probabilities"))
     if len(shape) == 3:
         x, *rest = call(shape, torch.float32, form, impl)
         torch.library.opcheck(OPERATOR, (x.to(memory_format=torch.channels_last), *rest))
@@ -289,11 +319,8 @@ def test_compile_fullgraph_equals_eager(shape):
     torch.manual_seed(0)
     x, target = torch.randn(9, *shape, requires_grad=True), labels("few", 9)
 
-    # Given, because this compiler takes the mean in it apart, which may round differently.
-    matched = reference.target_similarity(target, CLASSES)
-
     def forward(x, target):
-        return similarity_matching_loss(x * 1.5, target, CLASSES, matched)
+        return similarity_matching_loss(x * 1.5, target, CLASSES)
 
     eager = forward(x, target)
     loss = torch.compile(forward, fullgraph=True, backend="aot_eager_decomp_partition")(x, target)
@@ -307,19 +334,39 @@ def test_compile_fullgraph_equals_eager(shape):
         compiled(*args)
 
 
+@pytest.mark.parametrize("kind", ["matrix", "few", "probabilities"])
 @pytest.mark.parametrize("form", ["value", "grad", "parts"])
 @pytest.mark.parametrize("shape", [(6,), (8, 3, 3), (3, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_launches_are_those_that_the_counter_is_told(dtype, shape, form, monkeypatch):
-    """Those of an accelerator, whose deviation is one kernel."""
+def test_launches_where_triton_does_not_serve(shape, form, kind, monkeypatch):
+    """Those of ATen on an accelerator, whose deviation is one kernel; and "aten" reads nothing back."""
     monkeypatch.setattr(MODULE, "_deviation_on_the_cpu", MODULE._deviation)
-    args = call(shape, dtype, form)
-    with LaunchCounter() as inside, Trace() as trace:
-        MODULE._run(*args)
-    assert inside.total == MODULE.launches(args, {}) and not SYNCS & set(trace.names)
-    with LaunchCounter() as outside:
-        OPERATOR(*args)
-    assert outside.total == inside.total
+    wide = ((MODULE.WIDEST + 1,), (MODULE.WIDEST + 1, 2, 2), (2, MODULE.WIDEST + 1))[len(shape) % 3 - 1]
+    for dtype, size in [(torch.float64, shape), (torch.float32, wide), (torch.bfloat16, wide)]:
+        args = call(size, dtype, form, kind=kind)
+        with LaunchCounter() as inside, Trace() as trace:
+            MODULE._run(*args)
+        assert not SYNCS & set(trace.names)
+        with LaunchCounter() as outside:
+            OPERATOR(*args)
+        assert outside.total == inside.total == MODULE.launches(args, {}), (dtype, size)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "few", "probabilities"])
+def test_launches_are_those_of_triton(kind):
+    """Whoever serves. What tests/triton_kernels counts with the kernels; here that the counter is told."""
+    small, large = (32, 32, 32), (33, 32, 32)
+    for shape, count in [((6,), 3), ((2, 5), 3), (small, 3), (large, 4), ((1024, 32), 3), ((1025, 32), 4)]:
+        for dtype in DTYPES:
+            args = call(shape, dtype, "parts", kind=kind, rows=2)
+            with LaunchCounter() as outside:
+                OPERATOR(*args)
+            assert outside.total == count
+    for shape in ((6,), small, large):
+        assert MODULE.launches(call(shape, torch.float32, "parts", kind=kind, rows=0), {}) == 1
+    # No one stride leads through the positions, or through all of a sample.
+    x, *rest = call((8, 6, 4), torch.float32, "parts", kind=kind)
+    assert MODULE.launches((x.transpose(2, 3), *rest), {}) == 4 and MODULE.launches((x, *rest), {}) == 3
+    assert MODULE.launches((x[:, :3].transpose(1, 2), *rest), {}) == 4
 
 
 def test_what_it_saves_in_launches_and_bytes():
@@ -332,8 +379,8 @@ def test_what_it_saves_in_launches_and_bytes():
         with LaunchCounter() as launches, SavedBytes([x, matched]) as saved:
             loss(x, target, CLASSES, matched).backward()
         counts.append((launches.total, saved.peak))
-    assert counts[1] == (21, 64 * 16 * 4)  # one [B, D], no [B, B]
-    assert counts[0][0] >= counts[1][0] + 8 and counts[0][1] > 64 * 64 * 4 + counts[1][1]
+    assert counts[1] == (5, 64 * 16 * 4)  # one [B, D], no [B, B]
+    assert counts[0][0] >= 4 * counts[1][0] and counts[0][1] > 64 * 64 * 4 + counts[1][1]
 
 
 @pytest.mark.parametrize("shape, launches", [((8, 5), 0), ((8, 5, 3, 3), 1)])
@@ -367,6 +414,8 @@ X, T = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
         (dict(features=torch.zeros(4, 3, 0, 2)), "a sample is empty"),
         (dict(target=torch.zeros(3, dtype=torch.int64)), r"target has shape \[3\]"),
         (dict(target=torch.zeros(4)), r"target has shape \[4\] and torch.float32"),
+        (dict(target=torch.zeros(4, 2, device="meta")), "is on meta and features on cpu"),
+        (dict(num_classes=0), "num_classes=0; give the number of classes"),
         (dict(matched=torch.zeros(3, 3)), r"shape \[3, 3\].*take \[4, 4\] in torch.float32"),
         (dict(matched=torch.zeros(4, 4).double()), "torch.float64; .*target_similarity"),
         (dict(matched=torch.zeros(4, 4, device="meta")), "is on meta and features on cpu"),
@@ -377,4 +426,18 @@ def test_refusals(change, message):
     with pytest.raises(ArgumentError, match=message):
         similarity_matching_loss(**dict(features=X, target=T, num_classes=3) | change)
     with pytest.raises(BackendError, match="no such implementation"):
-        similarity_matching_loss(X, T, 3, impl="triton")
+        similarity_matching_loss(X, T, 3, impl="native")
+
+
+def test_why_triton_does_not_serve(monkeypatch):
+    monkeypatch.setattr(MODULE._dispatch, "platform", lambda device: MODULE._dispatch.Platform("cuda", None))
+    for shape in ((4096,), (4096, 2, 2), (2, 4096), (4096, 1, 1)):
+        assert ops.explain(similarity_matching_loss, torch.zeros(4, *shape), T, 3).chosen == "triton"
+    for x, why in (
+        (X.double(), "float64"),
+        (torch.zeros(4, 4097), "samples of 4097 numbers; beyond 4096"),
+        (torch.zeros(4, 4097, 2, 2), "samples of 4097 numbers"),
+        (torch.zeros(4, 64, 1, 65), "samples of 4160 numbers"),
+    ):
+        choice = ops.explain(similarity_matching_loss, x, T, 3)
+        assert choice.chosen == "aten" and why in dict(choice.rejected)["triton"]
