@@ -103,8 +103,8 @@ class GLCAN(Method):
         "auxiliary networks of the backbone's units that read earlier blocks' features, cross-entropy"
     )
     paper: ClassVar[str] = (
-        "Zhu et al.: GLCAN: Global-Local Collaborative Auxiliary Network for Local Learning, 2024; Advancing Supervised Local "
-        "Learning Beyond Classification with Long-term Feature Bank, 2025, arXiv 2406.00446"
+        "Zhu et al.: GLCAN: Global-Local Collaborative Auxiliary Network for Local Learning, arXiv 2406.00446v1; Advancing "
+        "Supervised Local Learning Beyond Classification with Long-term Feature Bank, arXiv 2406.00446v4"
     )
     repository: ClassVar[str] = ""
     Options: ClassVar[type] = GLCANOptions

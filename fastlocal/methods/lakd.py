@@ -180,7 +180,7 @@ class LAKD(Method):
     name: ClassVar[str] = "lakd"
     summary: ClassVar[str] = "distillation of a teacher's attention maps and features into each block, and a task loss"
     paper: ClassVar[str] = (
-        "Zhang et al.: LAKD: Activation Mapping Distillation Based on Local Learning, 2024, arXiv 2408.11478"
+        "Zhang et al.: LAKD-Activation Mapping Distillation Based on Local Learning, arXiv 2408.11478"
     )
     repository: ClassVar[str] = ""
     Options: ClassVar[type] = LAKDOptions

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlocal as fl
 from fastlocal import models
@@ -159,10 +160,14 @@ def test_resumes_and_plans():
     resumes(localize(), data(4))
     plan = fl.plan(localize(), data(1)[0])
     assert plan.peak_bytes > 0
-    auto = fl.localize(
-        NETS["resnet"](), "glcan", blocks="auto", sample=torch.randn(2, 3, 8, 8), memory_budget="1GiB", depth=1
-    )
-    assert len(auto.blocks) >= 1
+
+
+def test_a_plan_may_run_one_head_alone():
+    model = localize()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        h, y = torch.empty(6, 4, 8, 8, dtype=torch.float64), torch.empty(6, dtype=torch.int64)
+        local = model.heads[1](h, StepContext(y, h, F.cross_entropy))
+    assert local.logits.shape == (6, 10) and model.heads[1].reads
 
 
 def test_tokens_and_vectors():

@@ -226,10 +226,19 @@ def test_resumes_and_plans():
     model = localize()
     resumes(model, data(4))
     assert fl.plan(model, data(1)[0]).peak_bytes > 0
-    auto = fl.localize(
-        student(), "lakd", blocks="auto", sample=torch.randn(2, 3, 8, 8), memory_budget="1GiB", teacher=student()
+
+
+def test_blocks_for_a_budget():
+    """The search plans with a teacher without contents, and leaves the real one as it was."""
+    teacher = student()
+    before = copy.deepcopy(teacher.state_dict())
+    sample = torch.randn(256, 3, 16, 16)
+    model = fl.localize(
+        student(), "lakd", blocks="auto", sample=sample, memory_budget="11MB", teacher=teacher, beta=0.0
     )
-    assert len(auto.blocks) >= 1
+    assert len(model.blocks) > 1 and teacher_of(model) is teacher
+    assert model(sample[:4], torch.arange(4)).loss.isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_named_taps_and_maps_of_another_size():
