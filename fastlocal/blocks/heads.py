@@ -240,8 +240,8 @@ class PredSimHead(nn.Module):
                     ("target_similarity", self.num_classes, dtype),
                     lambda: losses.target_similarity(ctx.target, self.num_classes, dtype),
                 )
-            sim = losses.similarity_matching_loss(features, ctx.target, self.num_classes, matched)
-            terms.append(("sim", losses.scaled_gradient(sim, scales[1]), self.weights[1]))
+            sim = losses.similarity_matching_loss(features, ctx.target, self.num_classes, matched, grad_scale=scales[1])
+            terms.append(("sim", sim, self.weights[1]))
         return (LocalLoss.of_weighted if fused else LocalLoss.of)(*terms, **scores)
 
 

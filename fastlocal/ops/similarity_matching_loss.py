@@ -62,6 +62,7 @@ def similarity_matching_loss(
     num_classes: int,
     matched: Tensor | None = None,
     *,
+    grad_scale: float = 1.0,
     impl: str | None = None,
 ) -> Tensor:
     """Mean squared difference of the features' similarity matrix from the targets' (Nøkland and Eidnes, arXiv
@@ -75,6 +76,7 @@ def similarity_matching_loss(
         matched: `fastlocal.reference.target_similarity(target, num_classes, dtype)`, when it is known already: a symmetric
             [B, B] in the dtype of the result. `target` is then not looked at. "triton" needs no such matrix, and reads it
             where it is given.
+        grad_scale: multiplies the gradient, not the loss: the weight of this loss in a sum, without a launch of its own.
         impl: a backend for this call; None takes that of `fastlocal.backend`.
 
     Returns:
@@ -86,7 +88,7 @@ def similarity_matching_loss(
     """
     labels = _prepare(features, target, num_classes, matched, impl)
     if torch.is_grad_enabled() and features.requires_grad:
-        return _Function.apply(features, labels, matched, num_classes, impl or "auto")
+        return _Function.apply(features, labels, matched, num_classes, grad_scale, impl or "auto")
     return _operator(features, labels, matched, num_classes, 1.0, "value", impl or "auto")[0]
 
 
@@ -119,9 +121,15 @@ def similarity_matching_loss_value_and_grad(
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, target: Tensor | None, matched: Tensor | None, num_classes: int, impl: str
+        ctx: Any,
+        features: Tensor,
+        target: Tensor | None,
+        matched: Tensor | None,
+        num_classes: int,
+        grad_scale: float,
+        impl: str,
     ) -> Tensor:
-        loss, grad, centred = _operator(features, target, matched, num_classes, 1.0, "parts", impl)
+        loss, grad, centred = _operator(features, target, matched, num_classes, grad_scale, "parts", impl)
         ctx.save_for_backward(grad, centred)
         ctx.shape, ctx.dtype = features.shape, features.dtype
         ctx.whole = deviation_dim(features) is None
@@ -135,7 +143,7 @@ class _Function(torch.autograd.Function):
             grad = grad * grads[0]
         if not ctx.whole:  # one pass: it casts as it writes
             grad = torch.mul(centred, grad, out=torch.empty_like(centred))
-        return grad.to(ctx.dtype).reshape(ctx.shape), None, None, None, None
+        return grad.to(ctx.dtype).reshape(ctx.shape), *[None] * 5
 
 
 def _prepare(

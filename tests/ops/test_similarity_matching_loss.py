@@ -84,6 +84,20 @@ def both_forms(x, target, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(7,), (6, 4, 4)])
+def test_the_weight_of_the_loss_in_a_sum(shape, impl):
+    x, target = torch.randn(9, *shape, dtype=torch.float64, requires_grad=True), labels("few", 9)
+    expected = plain(x, target)
+    gradient = torch.autograd.grad(expected, x)[0]
+    for scale in (5.0, 0.0, 0.25):
+        for factor, seed in ((1, ones(expected)), (3, torch.tensor(3.0, dtype=torch.float64))):
+            loss = similarity_matching_loss(x, target, classes(target), grad_scale=scale, impl=impl)
+            assert torch.allclose(loss, expected, rtol=1e-10)
+            grad = torch.autograd.grad(loss, x, seed)[0]
+            torch.testing.assert_close(grad, factor * scale * gradient, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 31, 63, 127])
 def test_ragged_sizes_and_both_forms(rows, shape, impl):
