@@ -244,15 +244,25 @@ def _cases(model: str, batches: tuple[int, ...], many: int, depth: int, few: int
     return tuple(found)
 
 
+def _others(model: str, batch: int, many: int) -> tuple[Case, ...]:
+    """The other published methods, in as many blocks."""
+    options: dict[str, dict[str, Any]] = {
+        "hpff": {}, "man": {}, "man_plus_plus": {"head": "dgl"}, "mlaan": {},
+        "infopro": {"loss": "cross_entropy", "lam": (5.0, 0.5, 0.5, 1.0)}, "predsim": {"variant": "auglocal"},
+    }  # fmt: skip
+    return tuple(Case(method, many, batch, how, model=model) for method, how in options.items())
+
+
 def real() -> Sizes:
     """Headline first: ResNet-110 at batch 128, then the others, smallest first; compiling a whole network is last."""
     deep = _cases("resnet110", (128, 1024), many=55, depth=3, few=16)
-    steps = (*deep[:3], *_cases("resnet32", (128, 1024), many=16, depth=2), *deep[3:])
+    shallow = _cases("resnet32", (128, 1024), many=16, depth=2)
+    steps = (*deep[:3], *_others("resnet110", 128, 55), *shallow, *deep[3:])
     return Sizes(cases=steps, operators=tuple(sorted(operators.cases(), key=lambda case: case.must_move())))
 
 
 def tiny() -> Sizes:
-    steps = _cases("resnet20", (2,), many=8, depth=1, few=3)
+    steps = (*_cases("resnet20", (2,), many=8, depth=1, few=3), *_others("resnet20", 2, 10)[:2])
     return Sizes(steps, operators.tiny_cases(), image=8, rounds=1, cache_bytes=1 << 10, copy_bytes=1 << 16)
 
 

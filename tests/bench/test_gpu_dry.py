@@ -35,11 +35,11 @@ def test_every_variant_of_every_case_was_timed(dry: tuple[str, list[dict[str, An
         model = fl.localize(fl.models.create("resnet20"), "dgl", blocks=3, sample=torch.randn(2, 3, 8, 8))
         assert got == set(gpu.Steps(case, model, torch.zeros(0), torch.zeros(0), gpu.Cpu()).makers())
     steps = [r for r in records if r["kind"] in ("step", "refused")]
-    assert len({r["variant"] for r in steps}) == 17 and len(steps) == 33
+    assert len({r["variant"] for r in steps}) == 17 and len(steps) == 49
     # Without a device the engine says that it captures nothing, and that is a record of its own.
     assert all(r["variant"].startswith("engine graph") and r["why"] for r in steps if r["kind"] == "refused")
     steps = [r for r in steps if r["kind"] == "step"]
-    assert len(steps) >= 27
+    assert len(steps) >= 39
     assert all(r["finite"] and r["seconds"] and r["steps_per_second"] > 0 and r["peak_bytes"] > 0 for r in steps)
     assert all(r["first_loss_agrees"] for r in steps if not r["variant"].startswith("BP"))
     timed = [r for r in records if r["kind"] == "operator"]

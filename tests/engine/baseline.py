@@ -25,7 +25,7 @@ def losses_by_units(model: LocalModel, x: Tensor, y: Tensor) -> list[Tensor]:
         h = unit(h)
         if name in cuts:
             losses.append(model.heads[cuts[name]](h, ctx).loss)
-            h = h.detach()
+            h = ctx.boundary = h.detach()
     return [*losses, model.criterion(net.readout(h), y) * model.method.final_weight]
 
 
@@ -45,6 +45,7 @@ class SumOfLosses(nn.Module):
                 return None
             h = output if isinstance(output, Tensor) else output[0]
             self.losses.append(self.heads[k](h, self.ctx).loss)
+            self.ctx.boundary = h.detach()
             return h.detach() if isinstance(output, Tensor) else (h.detach(), *output[1:])
 
         return hook

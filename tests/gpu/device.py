@@ -32,8 +32,15 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "bp": {"blocks": 1},
     "auglocal": {"blocks": 4, "depth": 1},
     "infopro": {"blocks": 3, "lam": (5.0, 0.5)},
+    "dsn": {"loss": "softmax", "alpha": 0.1},
+    "hpff": {"blocks": 4},
+    "mlaan": {"blocks": 4},
+    "man_plus_plus": {"blocks": 4, "head": "dgl"},
+    "feature_reconstruction": {"first": "image"},
 }
-METHODS = [method["name"] for method in fl.list_methods()]
+OF_TOKENS = ["lopt", "solo"]  # on the decoder of `gpt`
+OTHERS = [*OF_TOKENS, "localmim"]  # what needs a network of its own is left to its CPU tests
+METHODS = [method["name"] for method in fl.list_methods() if method["name"] not in OTHERS]
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
@@ -57,7 +64,28 @@ def resnet(method: str = "dgl", **options: Any) -> fl.LocalModel:
     torch.manual_seed(0)
     net = fl.models.ResNetCIFAR(2, width=8, **options)
     how = {"blocks": 3} | METHOD_OPTIONS.get(method, {})
+    if method == "lakd":
+        how["teacher"] = fl.models.ResNetCIFAR(2, width=8)
     return fl.localize(net, method, sample=torch.randn(2, 3, 16, 16), **how)
+
+
+def in_fp16(model: fl.LocalModel) -> bool:
+    """Whether every block's loss reaches that block alone, so that it can have a loss scale of its own."""
+    return model.window == 1 and not model.summed
+
+
+def gpt(method: str = "dgl") -> fl.LocalModel:
+    """A small decoder, on the CPU."""
+    torch.manual_seed(0)
+    net = fl.models.create("gpt2", vocab_size=61, n_positions=16, n_embd=32, n_layer=4, n_head=2)
+    return fl.localize(net, method, blocks=2, sample=torch.randint(61, (2, 12)), tied="untie")
+
+
+def tokens(count: int, rows: int = 8) -> list[tuple[Tensor, Tensor]]:
+    """Ids and the same as targets, on the device."""
+    torch.manual_seed(1)
+    made = [torch.randint(61, (rows, 12)).to(DEVICE) for _ in range(count)]
+    return [(ids, ids.clone()) for ids in made]
 
 
 def vit(method: str = "dgl", dropout: float = 0.0) -> fl.LocalModel:

@@ -113,6 +113,8 @@ OTHERS = operators.existing(
     operators.NormConv(33, 3, 33, channels_last=True),
     operators.Pairs("supervised_contrastive_loss", 63, 31),
     operators.Pairs("similarity_matching_loss", 63, 31),
+    operators.Pairs("similarity_matching_loss", 31, 7, 5, dtype=torch.float16),
+    operators.Pairs("similarity_matching_loss", 3, 40, 33),
     operators.Loss("goodness_loss", 31, 63),
     operators.Loss("class_goodness_cross_entropy", 31, 70, 3),
     operators.Loss("norm_linear_cross_entropy", 31, 63),
