@@ -226,9 +226,15 @@ def test_refusals():
         ArgumentError, match="scales: 3 numbers for 3 blocks; give one for every block but the last, or"
     ):
         fl.localize(net, "localmim", blocks=3, sample=torch.rand(2, 3, 32, 32), criterion=net.criterion)
-    for scales in ((), (3,), 4):
-        with pytest.raises(ArgumentError, match=r"scales: got .*; give 4, 2, 1 or 0\.5"):
+    for scales, message in (
+        ((), r"scales: got \(\); give 4, 2"),
+        (4, "scales: got 4; give 4, 2"),
+        ((0,), "scales: got 0"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
             LocalMIM(scales=scales)
+    with pytest.raises(ArgumentError, match=r"scale must be one of 4, 2, 1, 0\.5, got 3"):
+        localize(scales=(4, 3, 1))
     entry = next(m for m in fl.list_methods() if m["name"] == "localmim")
     assert entry["isolated"] is False and "not isolated" in entry["summary"]
     assert isinstance(localize().heads[0], nn.Module)
