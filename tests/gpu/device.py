@@ -77,7 +77,7 @@ def in_fp16(model: fl.LocalModel) -> bool:
 def gpt(method: str = "dgl") -> fl.LocalModel:
     """A small decoder, on the CPU."""
     torch.manual_seed(0)
-    net = fl.models.create("gpt2", vocab_size=61, n_positions=16, n_embd=32, n_layer=4, n_head=2)
+    net = fl.models.create("gpt", vocab_size=61, block_size=16, n_embd=32, n_layer=4, n_head=2)
     return fl.localize(net, method, blocks=2, sample=torch.randint(61, (2, 12)), tied="untie")
 
 

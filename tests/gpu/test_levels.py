@@ -19,7 +19,21 @@ from fastlocal.blocks.links import fire
 from fastlocal.errors import ArgumentError
 from tests.engine.baseline import SumOfLosses
 from tests.engine.nets import TorchvisionStyleResNet
-from tests.gpu.device import DEVICE, MARKS, METHODS, ON_CUDA, batches, engine, in_fp16, resnet, sgd, vit
+from tests.gpu.device import (
+    DEVICE,
+    MARKS,
+    METHODS,
+    OF_TOKENS,
+    ON_CUDA,
+    batches,
+    engine,
+    gpt,
+    in_fp16,
+    resnet,
+    sgd,
+    tokens,
+    vit,
+)  # fmt: skip
 
 pytestmark = MARKS
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -43,8 +57,8 @@ def on_device(model: fl.LocalModel, layout: str) -> fl.LocalModel:
     return own.to(memory_format=torch.channels_last) if layout == "channels_last" else own  # type: ignore[call-overload]
 
 
-def inputs(layout: str) -> tuple[Tensor, Tensor]:
-    x, y = batches(1)[0]
+def inputs(model: fl.LocalModel, layout: str = "") -> tuple[Tensor, Tensor]:
+    x, y = (tokens if model.method.name in OF_TOKENS else batches)(1)[0]
     return (x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x), y
 
 
@@ -54,14 +68,15 @@ def autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
 
 def truth(model: fl.LocalModel) -> Result:
     own = copy.deepcopy(model).double()
-    x, y = (t.cpu() for t in batches(1)[0])
-    losses = fl.reference.train_step(own, (x.double(), y), sgd(own.parameters()))
+    x, y = (t.cpu() for t in inputs(own))
+    x = x.double() if x.is_floating_point() else x
+    losses = fl.reference.train_step(own, (x, y), sgd(own.parameters()))
     return torch.stack(losses), moved(own, start_of(model))
 
 
 def plain(model: fl.LocalModel, dtype: torch.dtype | None, layout: str) -> Result:
     own = on_device(model, layout)
-    x, y = inputs(layout)
+    x, y = inputs(own, layout)
     if not in_fp16(own):  # a sum of detached losses is another step
         optimizer = sgd(own.parameters())
         with autocast(dtype):
@@ -84,7 +99,7 @@ def level_a(model: fl.LocalModel, dtype: torch.dtype | None, layout: str) -> Res
     from fastlocal.engine.carrier import LossScale
 
     own = on_device(model, layout)
-    x, y = inputs(layout)
+    x, y = inputs(own, layout)
     if dtype == torch.float16:
         device = next(own.parameters()).device
         own._scales[str(device)] = LossScale(len(own.blocks), device, start=SCALE)
@@ -100,7 +115,7 @@ def level_b(model: fl.LocalModel, precision: str, layout: str, **options: Any) -
     run = engine(copy.deepcopy(model), precision=precision, memory_format=layout, **options)
     for scale in run._scales or []:
         scale.fill_(SCALE)
-    losses = run.step(*batches(1)[0]).losses
+    losses = run.step(*inputs(model)).losses
     assert not run._guard.skipped.any()
     return losses.double().cpu(), moved(run.model, start_of(model))
 
@@ -151,6 +166,12 @@ def test_resnet(method: str, precision: str, layout: str) -> None:
 @pytest.mark.parametrize("method", ["dgl", "predsim"])
 def test_vit(method: str, precision: str) -> None:
     check(vit(method), precision, "preserve")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", OF_TOKENS)
+def test_gpt(method: str, precision: str) -> None:
+    check(gpt(method), precision, "preserve")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
