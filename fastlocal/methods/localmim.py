@@ -40,7 +40,7 @@ class LocalMIMOptions:
 
 @register
 class LocalMIM(Method):
-    """Decoders on the blocks of a `fastlocal.models.masked_vit.MaskedViT`, the plain sum of their losses. **Not
+    """Decoders on the blocks of a `fastlocal.models.MaskedViT`, the plain sum of their losses. **Not
     gradient-isolated**: there is no border, one backward of the sum reaches all layers below, and activations live until then.
 
     With ``blocks=4`` the cuts are the published ones, after transformer blocks 1, 3 and D - 3 of D. The network brings mask,
@@ -73,7 +73,7 @@ class LocalMIM(Method):
         if not callable(getattr(net, "make_decoder", None)):
             raise ArgumentError(
                 f"method: 'localmim' trains a network that sees a part of the patches, but got {type(net).__name__}; give a "
-                "fastlocal.models.masked_vit.MaskedViT"
+                "fastlocal.models.MaskedViT"
             )
         if len(scales) != site.blocks - 1:
             raise ArgumentError(

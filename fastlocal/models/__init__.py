@@ -21,6 +21,7 @@ from torch import nn
 from fastlocal.errors import ArgumentError, did_you_mean
 from fastlocal.models.dgl_cnn import DGLCNN, dgl_cnn
 from fastlocal.models.gpt import GPT, gpt
+from fastlocal.models.masked_vit import MaskedViT
 from fastlocal.models.mlp import MLP, mlp
 from fastlocal.models.resnet import (
     ResNet,
@@ -88,6 +89,7 @@ __all__ = [
     "MLP",
     "VGG",
     "DGLCNN",
+    "MaskedViT",
     "ResNet",
     "ResNetCIFAR",
     "Swin",

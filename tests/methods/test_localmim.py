@@ -11,7 +11,7 @@ import fastlocal as fl
 from fastlocal import models
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.localmim import LocalMIM
-from fastlocal.models.masked_vit import MaskedViT
+from fastlocal.models import MaskedViT
 from tests.methods.three_ways import resumes, sgd, three_ways
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "models" / "localmim_vit.json").read_text())
@@ -219,7 +219,7 @@ def test_it_learns_what_the_patches_share():
 
 
 def test_refusals():
-    with pytest.raises(ArgumentError, match=r"give a fastlocal\.models\.masked_vit\.MaskedViT"):
+    with pytest.raises(ArgumentError, match=r"give a fastlocal\.models\.MaskedViT"):
         fl.localize(models.ResNetCIFAR(1, width=4), "localmim", blocks=4, sample=torch.rand(2, 3, 8, 8))
     net = MaskedViT(**TINY)
     with pytest.raises(
