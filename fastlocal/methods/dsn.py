@@ -91,12 +91,13 @@ class CompanionHead(nn.Module):
             self.step.add_(1)
         dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         decay = self.decay(dtype)
-        weight, bias = self.linear.weight, self.linear.bias
-        if not self.decay_loss:
-            rate = h.new_ones((), dtype=dtype) if decay is None else decay
-            rate = rate * o.lr_multiplier
-            weight, bias = _ScaleGradient.apply(weight, rate), _ScaleGradient.apply(bias, 2 * rate)
-        scores = F.linear(self.flatten(h), weight, bias)
+        x = self.flatten(h)
+        if self.decay_loss:
+            scores = self.linear(x)
+        else:
+            rate = o.lr_multiplier * (h.new_ones((), dtype=dtype) if decay is None else decay)
+            weight, bias = self.linear.weight, self.linear.bias
+            scores = F.linear(x, _ScaleGradient.apply(weight, rate), _ScaleGradient.apply(bias, 2 * rate))
         loss = (squared_hinge_loss if o.loss == "squared_hinge" else cross_entropy)(scores, ctx.target)
         if o.gamma:
             loss = (loss - o.gamma).clamp(min=0)
