@@ -8,9 +8,11 @@ from typing import Any
 
 _MODULES = (
     "auglocal",
+    "hpff",
     "infopro",
     "man",
     "man_plus_plus",
+    "mlaan",
 )
 
 __all__ = list(_MODULES)

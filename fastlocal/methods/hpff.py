@@ -14,15 +14,17 @@ from fastlocal.blocks.heads import (
     InfoProHead,
     NoHead,
     Upsample,
+    classifier_net,
     classifier_net_imagenet,
     conv_bn_relu,
+    decoder_net,
     init_convs,
 )
 from fastlocal.blocks.man import classifier_net_deep
 from fastlocal.blocks.patches import PatchDecoders, PatchHead, PatchMean, Patchwise
 from fastlocal.errors import ArgumentError
-from fastlocal.methods.base import Site, check_number, register
-from fastlocal.methods.infopro import NORMALISATION, InfoPro, InfoProOptions
+from fastlocal.methods.base import Site, check_choice, check_number, register
+from fastlocal.methods.infopro import CONFIGS, DECODERS, NORMALISATION, InfoPro, InfoProOptions
 from fastlocal.methods.man import CUTS as MAN_CUTS
 
 IMAGENET_CUTS = {
@@ -86,13 +88,16 @@ class HPFF(InfoPro):
     )
     repository: ClassVar[str] = "Zeudfish/HPFF"
     Options: ClassVar[type] = HPFFOptions
+    Losses: ClassVar[type[PatchHead]] = PatchHead
     window: int = 2
 
     def validate(self) -> None:
-        super().validate()
         o = self.options
+        check_choice("form", o.form, ("cifar", "imagenet"))
+        super().validate()
         check_stream_weights(o.wx, o.wy)
         check_number("patches", o.patches, low=1, integer=True)
+        self.dataset = o.dataset or ("imagenet" if o.form == "imagenet" else "cifar10")
         self.official_imagenet = self.mode == "official" and o.form == "imagenet"
         self.independent = not self.official_imagenet and (o.wx > 0 or self.mode == "official")
 
@@ -135,14 +140,14 @@ class HPFF(InfoPro):
             return NoHead()
         weights = self.weights(site)
         keep = [official or weight > 0 for weight in weights]
-        own = self._losses(None, self._classifier(site), (0.0, o.wx), site) if self.independent else None
+        own = self._losses(None, self._network(site), (0.0, o.wx), site) if self.independent else None
         shared = None
         if any(keep):
-            decoder = self._patch_decoder(site) if keep[0] else None
+            decoder = self._restorer(site) if keep[0] else None
             # The sum over patches is so many times the mean over the image.
             count = o.patches**2 if official else 1
             shared = self._losses(
-                decoder, self._classifier(site) if keep[1] else None, (weights[0] * count, weights[1]), site
+                decoder, self._network(site) if keep[1] else None, (weights[0] * count, weights[1]), site
             )
         elif own is None:
             raise ArgumentError(
@@ -154,8 +159,8 @@ class HPFF(InfoPro):
         self, decoder: nn.Module | None, classifier: nn.Module | None, weights: tuple[float, float], site: Site
     ) -> InfoProHead:
         o = self.options
-        mean, std = (given or default for given, default in zip((o.mean, o.std), NORMALISATION[o.dataset]))
-        return PatchHead(
+        mean, std = (given or default for given, default in zip((o.mean, o.std), NORMALISATION[self.dataset]))
+        return self.Losses(
             decoder,
             classifier,
             patches=1 if self.official_imagenet else o.patches,
@@ -166,26 +171,40 @@ class HPFF(InfoPro):
             temperature=o.temperature,
         )
 
-    def _classifier(self, site: Site) -> nn.Module:
-        o = self.options
+    def _network(self, site: Site) -> nn.Module:
+        """A classifier."""
+        o, channels = self.options, site.shape[0]
+        classes = o.feature_dim if o.loss == "contrast" else site.num_classes
         if o.form == "imagenet":
-            net = classifier_net_deep if site.shape[0] >= 1024 else classifier_net_imagenet
-            classifier = net(site.shape[0], site.num_classes)
+            net = (classifier_net_deep if channels >= 1024 else classifier_net_imagenet)(channels, site.num_classes)
         else:
-            classifier = super()._classifier(site)  # type: ignore[assignment]
+            small = max(site.shape[1:]) <= 8 if site.widths is None else site.widths[site.unit] == max(site.widths)
+            convs, linears = CONFIGS[o.config]
+            net = classifier_net(
+                channels,
+                [int(channels * (1 if small else 2) * o.widen)] * convs,
+                1 if small else 2,
+                [int(o.feature_dim * o.widen)] * (linears - 1) + [classes],
+            )
         if self.mode == "official" or o.patches == 1:
-            return classifier
-        return FusedSequential(PatchMean(classifier[:-1], o.patches), classifier[-1])
+            return net
+        return FusedSequential(PatchMean(net[:-1], o.patches), net[-1])
 
-    def _patch_decoder(self, site: Site) -> nn.Module:
-        n = 1 if self.official_imagenet else self.options.patches
+    def _restorer(self, site: Site) -> nn.Module:
+        """A decoder."""
+        o = self.options
+        n = 1 if self.official_imagenet else o.patches
         channels, height, width = site.input_shape
         image = (channels, height // n, width // n)
-        if self.options.form == "imagenet":
-            return Patchwise(imagenet_decoder(site.shape, site.input_shape, image), n)
-        if self.mode == "official":
-            return PatchDecoders([self._decoder(site.shape[0], image) for _ in range(n * n)], n)
-        return Patchwise(self._decoder(site.shape[0], image), n)
+
+        def one() -> nn.Module:
+            if o.form == "imagenet":
+                return imagenet_decoder(site.shape, site.input_shape, image)
+            return decoder_net(site.shape[0], image, convs=DECODERS[o.decoder], width=int(12 * o.widen))
+
+        if self.mode == "official" and n > 1:
+            return PatchDecoders([one() for _ in range(n * n)], n)
+        return Patchwise(one(), n)
 
     def _check(self, site: Site) -> None:
         o = self.options
@@ -197,7 +216,7 @@ class HPFF(InfoPro):
             )
         for name in ("mean", "std"):
             given = getattr(o, name)
-            if len(given or NORMALISATION[o.dataset][0]) != site.input_shape[0]:
+            if len(given or NORMALISATION[self.dataset][0]) != site.input_shape[0]:
                 raise ArgumentError(
                     f"{name}: the image has {site.input_shape[0]} channels; give as many numbers that the input was "
                     "normalised with"

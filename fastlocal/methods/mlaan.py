@@ -174,14 +174,19 @@ class MLAAN(Method):
         init_convs(convs)
         return list(convs)
 
+    def decay(self, index: int, blocks: int) -> float | None:
+        """The weight of the past when the average of block ``index`` moves; None where it does not."""
+        last = index == blocks - 2
+        if self._cascade_only:
+            return self.options.momentum if last else None
+        twice = self.mode == "official" and last  # with the same weights
+        return self.options.momentum ** (2 if twice else 1)
+
     def links(self, sites: list[Site], heads: list[nn.Module]) -> Sequence[Link]:
-        o, last = self.options, len(sites) - 1
         links = []
         for site, head in zip(sites, heads):
-            decay = o.momentum
-            if self.mode == "official" and o.form == "imagenet" and site.index == last:
-                decay **= 2  # twice, with the same weights
-            if isinstance(head, CascadeHead) and (not self._cascade_only or site.index == last):
+            decay = self.decay(site.index, site.blocks)
+            if decay is not None and isinstance(head, CascadeHead):
                 fusion: Any = head.shared.net[0]  # type: ignore[union-attr, index]
                 links.append(EMALink.of(site.index, self.chain(site)[0], fusion.ema, decay))
         return links
