@@ -256,13 +256,17 @@ class MANPPVisionTransformer(OfficialNetwork):
         nn.init.trunc_normal_(net.cls_token, std=0.02)  # type: ignore[arg-type]
         self._runs(local)
 
-    def forward(self, x: Tensor, target: Tensor) -> Any:
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
         """In training, the output of the group before (first the images) and the labels -> this group's output, detached, its
         loss, from which the script starts ``backward()``, and the number of the next group; the last call gives logits and
         loss. In eval mode, images -> logits.
         """
         if not self.training:
             return self._logits(x)
+        if target is None:
+            raise ArgumentError(
+                "target: a training step needs the labels of the batch; give target=, or call model.eval()"
+            )
         self._check_modules()
         k, target = self.gidx, target.to(x.device)
         block = self.local.blocks[k]
