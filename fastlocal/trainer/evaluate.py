@@ -429,7 +429,14 @@ def _put_back(model: LocalModel, *, training: bool | None) -> Iterator[None]:
 def _run(model: LocalModel, args: Any, kwargs: Any, target: Any, on_block: Any) -> Any:
     """The backbone's output; ``on_block(k, h, ctx)`` sees every boundary on the way."""
     ctx = model.context(args, kwargs, target)
-    return model.run(args, kwargs, lambda k, h: on_block(k, h, ctx))
+
+    def see(k: int, h: Tensor) -> Any:
+        after = on_block(k, h, ctx)
+        if model.method.reads_boundary:
+            ctx.boundary = after.detach()
+        return after
+
+    return model.run(args, kwargs, see)
 
 
 def _read(model: LocalModel, source: Any, channels_last: bool, limit: int | None, epoch: int = 0) -> Iterator[Unpacked]:

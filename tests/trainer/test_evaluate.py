@@ -58,6 +58,7 @@ METHODS = [
     ("infopro", "slices", {"lam": (1.0, 1.0)}),
     ("infopro", "hooks", {"lam": (1.0, 1.0)}),
     ("infopro", "slices", {"lam": (1.0, 1.0), "loss": "cross_entropy"}),
+    ("feature_reconstruction", "slices", {"first": "image"}),  # its heads read their block's input
 ]
 
 
@@ -79,11 +80,13 @@ def by_hand(model: fl.LocalModel, data: list[tuple[Tensor, Tensor]]) -> tuple[li
         output = model.backbone(x)
         for handle in handles:
             handle.remove()
+        before = None
         for k, block in enumerate(model.blocks):
             if block.head is None:
                 loss, logits = nn.functional.cross_entropy(output, y), output
             else:
-                loss, _, logits, _ = block.head(seen[block.name], StepContext(y, x, cross_entropy))
+                loss, _, logits, _ = block.head(seen[block.name], StepContext(y, x, cross_entropy, boundary=before))
+                before = seen[block.name]
             losses[k] += loss.item() * len(y)
             hits[k] = None if logits is None else hits[k] + int((logits.argmax(1) == y).sum())
     model.train()
