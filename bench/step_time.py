@@ -143,7 +143,7 @@ def official(folder: str, args: argparse.Namespace, options: dict[str, Any]) -> 
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = net(x, y, **weights)[1]
+        loss = next(out for out in net(x, y, **weights) if out.dim() == 0)  # HPFF returns two streams' logits before it
         optimizer.step()
         return float(loss.detach())
 
@@ -187,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     steps: dict[str, Callable[[], Any]] = {"BP, fp32 NCHW": backprop(net, x, y)}
     if args.official:
         steps["official code, fp32 NCHW"] = official(args.official, args, options)
-    steps |= variants(fl.localize(net, args.method, blocks=args.blocks, sample=x[:2], **options), x, y)
+    mode = "official" if args.official else "paper"  # the same losses as the rival's
+    steps |= variants(fl.localize(net, args.method, blocks=args.blocks, sample=x[:2], mode=mode, **options), x, y)
     times = measure(steps, args.rounds)
     base = statistics.median(times.get("official code, fp32 NCHW", times["plain loop, fp32 NCHW"]))
     print(
