@@ -22,10 +22,10 @@ LAUNCHES = {
     "R32 AugLocal K16 d2": ((491, 14, 38), (912, 29)),
     "R32 AugLocal K16 d5": ((624, 11, 39), (1098, 34)),
     "R32 DGL K16, AugLocal's head": ((613, 16, 40), (995, 30)),
-    "R32 PredSim K16, AugLocal's form": ((784, 16, 34), (956, 15)),
+    "R32 PredSim K16, AugLocal's form": ((366, 16, 34), (626, 15)),
     "R32 InfoPro-CE K16": ((626, 16, 36), (933, 25)),
     "R32 DGL K16": ((734, 16, 40), (1160, 36)),
-    "R32 PredSim K16": ((776, 16, 34), (948, 15)),
+    "R32 PredSim K16": ((358, 16, 34), (618, 15)),
     "R110 BP": ((562, 7, 28), (892, 29)),
     "R110 AugLocal K55 d3": ((2048, 52, 106), (3765, 108)),
     "R110 DGL K55, AugLocal's head": ((2150, 55, 103), (3504, 99)),
@@ -85,7 +85,8 @@ def test_every_unit_and_head_runs_once_each_way(row: Row) -> None:
 
 def test_no_more_than_the_official_code(row: Row) -> None:
     official, engine, plain = row.case.official, row.engine, row.plain
-    assert engine.macs == plain.macs
+    # The plain loop multiplies PredSim's one-hot targets with each other; an operator compares them.
+    assert 0 <= plain.macs - engine.macs <= ("PredSim" in row.case.name) * 10 * row.batch**2
     assert engine.storage_bytes <= plain.storage_bytes
     assert engine.saved_bytes <= plain.saved_bytes
     if official is None:
