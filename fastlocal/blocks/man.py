@@ -38,10 +38,14 @@ def twin(unit: nn.Module, *, fresh: bool, trained: bool = True) -> nn.Module:
 
 
 def shape_after(unit: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a unit's output for one input of ``shape``, both without the batch. Raises ArgumentError where it does not
-    run on such an input alone.
+    """Shape of a unit's output for one input of ``shape``, both without the batch. Raises ArgumentError where it has no
+    parameters or does not run on such an input alone.
     """
-    like = next(unit.parameters())
+    like = next(unit.parameters(), None)
+    if like is None:
+        raise ArgumentError(
+            f"method: its heads copy the unit after a cut, and {type(unit).__name__} has no parameters; make that unit one module"
+        )
     training = unit.training
     try:
         with torch.no_grad():
