@@ -63,6 +63,7 @@ class PatchDecoders(nn.ModuleList):
         self.n = n
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[2] // self.n, x.shape[3] // self.n
-        patches = [x[:, :, i * h : (i + 1) * h, j * w : (j + 1) * w] for i in range(self.n) for j in range(self.n)]
+        # Unbound, not sliced: the gradients of slices would each be a map of zeros, to be filled and added up.
+        rows = x.unflatten(2, (self.n, -1)).unbind(2)
+        patches = [patch for row in rows for patch in row.unflatten(3, (self.n, -1)).unbind(3)]
         return torch.stack([net(patch) for net, patch in zip(self, patches)], 1)
