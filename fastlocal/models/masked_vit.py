@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ class HOG(nn.Module):
     def forward(self, images: Tensor, cell: int) -> Tensor:
         x = _float(images)
         batch, channels, height, width = x.shape
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             padded = F.pad(x.reshape(batch * channels, 1, height, width), (1, 1, 1, 1), mode="reflect")
             gradient = F.conv2d(padded, self.sobel.to(x.dtype))
             angle = torch.atan2(gradient[:, 0], gradient[:, 1])

@@ -12,7 +12,7 @@ from fastlocal.errors import ArgumentError
 from fastlocal.methods import StepContext
 from fastlocal.methods.dsn import DSN, squared_hinge_loss
 from tests.methods.sites import run_head, site
-from tests.methods.three_ways import resumes, sgd, three_ways
+from tests.methods.three_ways import in_bf16, never_waits, resumes, sgd, three_ways
 
 
 @pytest.fixture(autouse=True)
@@ -276,3 +276,9 @@ def test_it_says_that_it_is_not_isolated():
     entry = next(m for m in fl.list_methods() if m["name"] == "dsn")
     assert entry["isolated"] is False and "not isolated" in entry["summary"]
     assert isinstance(DSN().head(site((8,))), nn.Module)
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_on_an_accelerator_it_never_waits_and_in_bf16_it_is_much_the_same(mode):
+    in_bf16(localize(mode, alpha=0.1), *data(1)[0])
+    never_waits(localize(mode).float(), data(1)[0][0].float(), data(1)[0][1])

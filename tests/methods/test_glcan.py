@@ -11,7 +11,7 @@ from fastlocal.errors import ArgumentError
 from fastlocal.methods import StepContext
 from fastlocal.methods.glcan import GLCAN
 from tests.methods.sites import run_head, site, sites_of
-from tests.methods.three_ways import resumes, sgd, three_ways
+from tests.methods.three_ways import in_bf16, never_waits, resumes, sgd, three_ways
 
 NETS = {
     "resnet": lambda: models.ResNetCIFAR(1, width=4),
@@ -208,3 +208,8 @@ def test_networks_that_it_cannot_take():
         GLCAN().head(site((8, 4, 4)))
     with pytest.raises(ArgumentError, match="one output per position"):
         GLCAN().head(site((6, 8), dense=True))
+
+
+def test_on_an_accelerator_it_never_waits_and_in_bf16_it_is_much_the_same():
+    in_bf16(localize(), *data(1)[0])
+    never_waits(localize().float(), data(1)[0][0].float(), data(1)[0][1])

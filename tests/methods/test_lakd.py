@@ -12,7 +12,7 @@ from fastlocal.errors import ArgumentError
 from fastlocal.methods import StepContext
 from fastlocal.methods.lakd import LAKD, Teacher, Walk, attention_map
 from tests.methods.sites import site, sites_of
-from tests.methods.three_ways import resumes, sgd, three_ways
+from tests.methods.three_ways import in_bf16, never_waits, resumes, sgd, three_ways
 
 
 @pytest.fixture(autouse=True)
@@ -297,3 +297,8 @@ def test_refusals():
     ):
         with pytest.raises(ArgumentError, match=message):
             LAKD(**options)
+
+
+def test_on_an_accelerator_it_never_waits_and_in_bf16_it_is_much_the_same():
+    in_bf16(localize(), *data(1)[0])
+    never_waits(localize().float(), data(1)[0][0].float(), data(1)[0][1])

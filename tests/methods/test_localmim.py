@@ -12,7 +12,7 @@ from fastlocal import models
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.localmim import LocalMIM
 from fastlocal.models import MaskedViT
-from tests.methods.three_ways import resumes, sgd, three_ways
+from tests.methods.three_ways import in_bf16, never_waits, resumes, sgd, three_ways
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "models" / "localmim_vit.json").read_text())
 TINY = {"img_size": 32, "patch_size": 8, "dim": 16, "depth": 7, "heads": 2, "decoder_dim": 16, "decoder_heads": 2}
@@ -238,3 +238,8 @@ def test_refusals():
     entry = next(m for m in fl.list_methods() if m["name"] == "localmim")
     assert entry["isolated"] is False and "not isolated" in entry["summary"]
     assert isinstance(localize().heads[0], nn.Module)
+
+
+def test_on_an_accelerator_it_never_waits_and_in_bf16_it_is_much_the_same():
+    in_bf16(localize(), data(1)[0])
+    never_waits(localize(), data(1)[0].float())

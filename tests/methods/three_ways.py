@@ -11,6 +11,8 @@ from torch import Tensor
 
 import fastlocal as fl
 from fastlocal import reference
+from tests.engine.baseline import NoHostRead
+from tests.engine.test_levels_equal import SkippingSGD
 
 Batches = list[Any]
 
@@ -82,3 +84,30 @@ def resumes(
     assert torch.equal(got.losses, expected.losses)
     for name, value in second.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def never_waits(model: fl.LocalModel, *batch: Tensor) -> None:
+    """Asserts that no step reads a value back: meta tensors have none. ``model`` moves to them."""
+    model = model.to("meta")
+    batch = tuple(t.to("meta") for t in batch)
+    engine = fl.Engine(model, lambda named: SkippingSGD(named, lr=0.1), backend="reference")
+    engine.steps = 1  # the first step checks the targets' values
+    with NoHostRead():
+        for _ in range(2):
+            out = engine.step(*batch)
+        assert out.correct.shape == (len(model.blocks),)
+        model(batch[0], batch[-1]).loss.backward()
+
+
+def in_bf16(model: fl.LocalModel, *batch: Tensor) -> None:
+    """Asserts that losses and updates under autocast are those of float32, roughly."""
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        net = copy.deepcopy(model).float()
+        torch.manual_seed(0)
+        engine = fl.Engine(net, sgd, precision=precision)
+        losses = [engine.step(*(t.float() if t.is_floating_point() else t for t in batch)).losses for _ in range(2)]
+        found.append(torch.cat(losses))
+        assert all(p.isfinite().all() and p.dtype == torch.float32 for p in net.parameters())
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.02)
+    assert not torch.equal(*found)
