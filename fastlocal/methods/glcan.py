@@ -62,8 +62,10 @@ class BankHead(nn.Module):
     def _entry(self, bank: dict[int, Tensor], k: int, features: Tensor) -> Tensor:
         if k not in bank:
             if not isinstance(features, FakeTensor):  # a plan may run one head alone
-                raise RuntimeError(
-                    f"the head of block {self.index} reads what block {k} leaves, but that has not run yet"
+                raise ArgumentError(
+                    f"bank: the head of block {self.index} reads what that of block {k} leaves, which has not run in this "
+                    "forward; run all heads in order on one batch (for early exits early_exit, not predict_early), or use "
+                    "bank='none'"
                 )
             return features.new_zeros(len(features), self.reads[k])
         return bank[k].to(features.dtype)

@@ -46,6 +46,8 @@ def test_units_are_aligned_uniformly_or_with_those_that_follow():
     assert planes == [16, 32, 64]  # units 5, 10 and 15
     strides = [unit.conv1.stride[0] for unit in list(method.head(at[0]).trunk)[:-1]]
     assert strides == [1, 2, 2]
+    middle = list(GLCAN(depth=3, bank="none").head(at[8]).trunk)[:-1]  # units 10, 13 and 15
+    assert [(unit.conv1.out_channels, unit.conv1.stride[0]) for unit in middle] == [(32, 1), (64, 2), (64, 1)]
     follow = GLCAN(depth=3, align="next")
     follow.resolve(at)
     trunk = list(follow.head(at[0]).trunk)[:-1]
@@ -65,6 +67,7 @@ def test_units_are_aligned_uniformly_or_with_those_that_follow():
         ({"bank": "scores"}, [16, 26, 36]),
         ({"bank": "both"}, [16, 42, 68]),
         ({"bank_size": 1}, [16, 32, 32]),
+        ({"bank_size": 2}, [16, 32, 48]),
         ({"bank_size": 0}, [16, 16, 16]),
     ],
 )
@@ -185,7 +188,7 @@ def test_a_head_out_of_order_is_refused():
     h = model.backbone.units()[0][1](x)
     for _, fn in model.backbone.units()[1:2]:
         h = fn(h)
-    with pytest.raises(RuntimeError, match="the head of block 1 reads what block 0 leaves, but that has not run yet"):
+    with pytest.raises(ArgumentError, match=r"bank: the head of block 1 reads what that of block 0 leaves.*early_exit"):
         model.heads[1](h, StepContext(y, x, F.cross_entropy))
 
 
