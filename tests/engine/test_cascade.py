@@ -190,7 +190,7 @@ def test_gradients_are_the_same(case: str) -> None:
     train_step(twin, batch(shape, 0), torch.optim.SGD(twin.parameters(), lr=0.0))
     ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (model, twin))
     assert_same(ours, theirs)
-    assert sum(g is not None and float(g.abs().sum()) > 0 for g in ours.values()) >= 6
+    assert sum(g is not None and float(g.abs().sum()) > 0 for g in ours.values()) >= 4
 
 
 @pytest.mark.parametrize(("window", "kinds"), [(2, ["", "os", "os", "os"]), (3, ["o", "o", "s", "os"])])
