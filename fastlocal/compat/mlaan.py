@@ -288,7 +288,9 @@ def _register_chains(network: nn.Module, local: LocalModel, recipe: MLAAN, sites
             aug, ema = [first.lb, *others], [first.ema, *ema[1:]]
             decay = recipe.decay(k, len(local.blocks))
             if decay is not None:
-                links = [EMALink.of(k, unit, average, decay) for unit, average in zip(units[1:], ema[1:])]
+                # A unit that is twice in a chain has its weights once in the list that the official code goes by.
+                sources = list(dict.fromkeys(units))
+                links = [EMALink.of(k, unit, average, decay) for unit, average in zip(sources[1:], ema[1:])]
                 local.links += links
                 local.blocks[k].links += tuple(links)
         trained.append(nn.Sequential(*aug))
