@@ -424,6 +424,41 @@ def test_hugging_face_trainer_equals_a_plain_loop(method, tmp_path):
         assert model.heads[0].readout.steps == 4
 
 
+@pytest.mark.parametrize("method", ["solo", "lopt"])
+def test_lightning_equals_a_plain_loop(method, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    options = {"refresh": 2} if method == "solo" else {}
+    model = fl.localize(gpt(), method, blocks=3, sample=ids(2), **options)
+    plain = copy.deepcopy(model)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch, index):
+            return self.model(batch, batch).loss
+
+        def configure_optimizers(self):
+            return sgd(self.model.parameters())
+
+    data = [ids() for _ in range(4)]
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, gradient_clip_val=0.5,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=None))
+    optimizer = sgd(plain.parameters())
+    for x in data:
+        optimizer.zero_grad()
+        plain(x, x).loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, msg=key)
+    assert method == "lopt" or model.heads[0].readout.steps == 4
+
+
 # --------------------------------------------------------------------------------------------------------- small parts
 
 
