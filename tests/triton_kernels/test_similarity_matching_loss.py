@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ def test_in_the_interpreter():
     out = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout[-8000:] + out.stderr[-2000:]
     passed = re.search(r"(\d+) passed(, \d+ warnings?)? in ", out.stdout)  # and none skipped
-    assert passed and int(passed[1]) >= 75, out.stdout
+    assert passed and int(passed[1]) >= 61, out.stdout
 
 
 @pytest.fixture
@@ -46,16 +47,16 @@ def recorded(monkeypatch):
 
 @interpreting
 @pytest.mark.skipif(cuobjdump() is None, reason="neither Triton nor the system has cuobjdump")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
-def test_compiles_without_spills(capability, dtype, recorded, tmp_path):
-    for shape, kind, last in [
+def test_compiles_without_spills(capability, recorded, tmp_path):
+    shapes = [
         ((128, 64, 8, 8), "labels", False),
         ((16, 256, 14, 14), "probabilities", True),
         ((16, 65, 192), "labels", False),
         ((1024, 64), "matrix", False),
         ((63, 31), "probabilities", False),
-    ]:
+    ]
+    for (shape, kind, last), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         x, target = torch.randn(*shape).to(dtype), torch.arange(shape[0]) % 10
         x = x.to(memory_format=torch.channels_last) if last else x
         matched = torch.zeros(1, 1).expand(len(x), len(x)) if kind == "matrix" else None
