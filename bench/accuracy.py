@@ -2,6 +2,7 @@
 
     python -m fastlocal.bench.accuracy --data cifar10.npz --model resnet20 --method auglocal --json accuracy.jsonl
     python -m fastlocal.bench.accuracy --data cifar10.npz --suite methods --json accuracy.jsonl
+    python -m fastlocal.bench.accuracy --data fashion_mnist.npz --suite all --seeds 0 1 --json accuracy.jsonl
     python -m fastlocal.bench.accuracy --draw docs --json accuracy.jsonl
 
 A run trains with `fastlocal.Trainer` on the first images of each class and appends one record to the JSONL file. A suite
@@ -32,11 +33,22 @@ from fastlocal.bench import plots
 from fastlocal.data import Batches, Images, load
 from fastlocal.errors import ArgumentError, FastLocalError
 from fastlocal.info import collect
-from fastlocal.methods import get_method
+from fastlocal.methods import list_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("bench") / "results" / "accuracy.jsonl"
 NAMES = {"bp": "BP", "predsim": "PredSim", "auglocal": "AugLocal", "infopro": "InfoPro", "dgl": "DGL"}
+TITLES = {
+    "man": "MAN",
+    "man_plus_plus": "MAN++",
+    "hpff": "HPFF",
+    "mlaan": "MLAAN",
+    "dsn": "DSN",
+    "glcan": "GLCAN",
+    "lakd": "LAKD",
+    "lopt": "LoPT",
+    "feature_reconstruction": "feature reconstruction",
+}
 NETS = {"resnet20": "ResNet-20", "vgg8b": "VGG8b"}
 SETS = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
 
@@ -178,14 +190,29 @@ def run(images: Images, case: Case, progress: bool = False) -> dict[str, Any]:
         ArgumentError: a value that is not one of those.
     """
     images = part(images, case)
+    options = dict(case.option)
+    if "mean" in known_options(case.method):
+        options = {"mean": images.mean.tolist(), "std": images.std.tolist()} | options
+    if case.method == "lakd":  # its teacher is the same network under backprop, as long
+        options["teacher"] = _train(images, replace(case, method="bp", option={}), {}, progress)[0].export()
+    model, history, seconds = _train(images, case, options, progress)
+    return _record(images, case, model, history, seconds)
+
+
+def known_options(method: str) -> dict[str, Any]:
+    """The options of a method, with their defaults."""
+    return next(known["options"] for known in list_methods() if known["name"] == method)
+
+
+def _train(
+    images: Images, case: Case, options: dict[str, Any], progress: bool
+) -> tuple[fl.LocalModel, list[dict[str, Any]], float]:
+    """The trained model, its history and the seconds that it took."""
     torch.manual_seed(case.seed)
     net = network(case, images)
     train = Batches(images, batch_size=case.batch_size, seed=case.seed, crop=case.crop, flip=case.flip)
     test = Batches(images, train=False, batch_size=250)
-    options = dict(case.option)
-    if case.method == "infopro":
-        options = {"mean": images.mean.tolist(), "std": images.std.tolist()} | options
-    blocks = (case.blocks or len(net.units())) if get_method(case.method).isolated else 1  # type: ignore[operator]
+    blocks = 1 if case.method == "bp" else case.blocks or len(net.units())  # type: ignore[operator]
     model = fl.localize(net, case.method, blocks=blocks, sample=next(train.epoch(0))[0][:2], **options)
 
     def optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -204,13 +231,19 @@ def run(images: Images, case: Case, progress: bool = False) -> dict[str, Any]:
     )
     begin = time.perf_counter()
     history = trainer.fit(train, test, epochs=case.epochs)
-    seconds = time.perf_counter() - begin
+    return model, history, time.perf_counter() - begin
+
+
+def _record(
+    images: Images, case: Case, model: fl.LocalModel, history: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    net: Any = model.backbone
     last, count = history[-1], len(model.blocks)
     found = collect()
     return {
         "case": asdict(case),
         "blocks": count,
-        "units": [unit for unit, _ in net.units()],  # type: ignore[operator]
+        "units": [unit for unit, _ in net.units()],
         "parameters": sum(p.numel() for p in net.parameters()),
         "samples": {"train": len(images.y_train), "test": len(images.y_test), "shape": list(images.shape)},
         "accuracy": last["val_accuracy"],
@@ -264,8 +297,56 @@ RATES: dict[tuple[str, str], tuple[str, float]] = {
 }
 
 
+# The suite "all": each unit a block on a narrow ResNet-32; for methods of tokens, four blocks on a small ViT.
+NARROW: dict[str, dict[str, Any]] = {
+    "resnet32": {"width": 8},
+    "vit_tiny": {"patch_size": 4, "dim": 64, "depth": 6, "heads": 2},
+}
+OF_TOKENS = ("feature_reconstruction", "lopt")
+WITHOUT_ACCURACY = {"solo": "it predicts tokens", "localmim": "it has no classes"}
+GREEDY = {
+    "config": "0c1f",
+    "loss": "cross_entropy",
+    "lam": [0, 1],
+}  # plain greedy: a linear classifier behind each block
+# What differs from SGD with 0.1 and from the method's defaults; not tuned on these nets.
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "infopro": {"option": {"loss": "cross_entropy"}},
+    "predsim": {"optimizer": "adam", "lr": 0.005},
+    "dsn": {"option": {"loss": "softmax"}, "lr": 0.01},  # the squared hinge grows without bound at this rate
+}
+VIT: dict[str, Any] = {"optimizer": "adam", "lr": 0.001}
+ODD: dict[str, dict[str, Any]] = {
+    "hpff": {"option": {"patches": 1}}
+}  # where a map has an odd size: 28x28 images have one of 7x7
+
+
+def everything(data: str) -> dict[str, Case]:
+    """The runs of the suite "all" by name: every registered method that has an accuracy, plain greedy, and BP on each net.
+
+    A method that is registered later is among them, on the ResNet with its defaults.
+    """
+    augmented: dict[str, Any] = {"crop": 4, "flip": True} if data == "cifar10" else {}
+    names = [known["name"] for known in list_methods() if known["name"] not in WITHOUT_ACCURACY]
+    cases = {"BP": Case(data, "resnet32", "bp"), "greedy": Case(data, "resnet32", "infopro", option=GREEDY)}
+    for method in sorted(names, key=lambda name: name in OF_TOKENS):
+        own = OF_METHOD.get(method, {}) | ({} if data == "cifar10" else ODD.get(method, {}))
+        if method in OF_TOKENS:
+            cases.setdefault("BP, ViT", Case(data, "vit_tiny", "bp", **VIT))
+            cases[title(method)] = Case(data, "vit_tiny", method, blocks=4, **VIT | own)
+        elif method != "bp":
+            cases[title(method)] = Case(data, "resnet32", method, **own)
+    return {name: replace(case, model_option=NARROW[case.model], **augmented) for name, case in cases.items()}
+
+
+def title(method: str) -> str:
+    """A method as papers write it, or as it is registered."""
+    return NAMES.get(method) or TITLES.get(method, method)
+
+
 def suite(name: str, data: str) -> list[Case]:
-    """The runs of a suite on one set: ``methods`` (two nets under four methods) or ``blocks`` (accuracy against K).
+    """The runs of a suite on one set: ``methods`` (two nets under four methods), ``blocks`` (accuracy against K) or ``all``
+    (every method on one narrow net).
 
     Raises:
         ArgumentError: no such suite.
@@ -276,8 +357,10 @@ def suite(name: str, data: str) -> list[Case]:
         wanted = [(model, method, None) for model in NETS for method in ("bp", "predsim", "auglocal", "infopro")]
     elif name == "blocks":
         wanted = [("resnet20", "dgl", blocks) for blocks in (2, 4, 10)]
+    elif name == "all":
+        return list(everything(data).values())
     else:
-        raise ArgumentError(f"--suite: got {name!r}; valid are 'methods', 'blocks'")
+        raise ArgumentError(f"--suite: got {name!r}; valid are 'methods', 'blocks', 'all'")
     cases = []
     for model, method, blocks in wanted:
         optimizer, lr = RATES[model, method]
@@ -578,6 +661,40 @@ def full_rows(records: Runs) -> list[list[str]]:
     return rows
 
 
+def everything_rows(records: Runs) -> list[list[str]]:
+    """A row a run of the suite "all": accuracy of every seed, against BP's and plain greedy's run of the same seed and net."""
+    rows = [["data", "net", "method", "K", "accuracy %", "each seed", "against BP", "against greedy"]]
+    for data in SETS:
+        found = {name: _seeds_of(case, records) for name, case in everything(data).items()}
+        for name, runs in found.items():
+            if not runs:
+                continue
+            case = runs[0]["case"]
+            base = {"BP": found["BP"], "greedy": found["greedy"]}
+            if case["model"] != "resnet32":
+                base = {"BP": found.get("BP, ViT", []), "greedy": []}
+            cells = [
+                SETS[data],
+                {"resnet32": "ResNet-32", "vit_tiny": "ViT"}[case["model"]],
+                name.removesuffix(", ViT"),
+            ]
+            cells += [str(runs[0]["blocks"]), f"{percent(runs):.1f}"]
+            cells.append(", ".join(f"{100 * record['accuracy']:.1f}" for record in runs))
+            for other, others in base.items():
+                seeds = {r["case"]["seed"] for r in others}
+                both = [r for r in runs if r["case"]["seed"] in seeds]
+                same = name.removesuffix(", ViT") == other
+                cells.append("-" if same or not both else f"{against(both, others):+.1f}")
+            rows.append(cells)
+    return rows
+
+
+def _seeds_of(case: Case, records: Runs) -> Runs:
+    """The runs of a case, whatever their seed, in its order."""
+    wanted = asdict(replace(case, seed=0))
+    return sorted((r for r in records if r["case"] | {"seed": 0} == wanted), key=lambda r: r["case"]["seed"])
+
+
 def head_rows(records: Runs) -> list[list[str]]:
     """A row a local method: every head's accuracy, first to last."""
     rows = [["", "method", "accuracy % of each block's head, first to last"]]
@@ -666,7 +783,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", metavar="PATH", help="a .npz file, or a folder of a known set")
-    add("--suite", choices=("methods", "blocks"), help="a list of runs instead of one; takes --seed alone")
+    add("--suite", choices=("methods", "blocks", "all"), help="a list of runs instead of one; takes --seed alone")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="with --suite: all of it for each of these, in place of --seed",
+    )
     add("--json", type=Path, metavar="PATH", help="append the records to this .jsonl file")
     add("--draw", type=Path, metavar="DIR", help="write the pictures of the records in --json, and train nothing")
     add("--list", action="store_true", help="print the commands of the suite, and train nothing")
@@ -696,10 +820,13 @@ def _main(o: argparse.Namespace) -> int:
     if o.data is None:
         raise ArgumentError("--data: give a .npz file or the folder of a set that fastlocal.data.load knows")
     images = load(o.data)
+    if o.suite is None and o.seeds:
+        raise ArgumentError("--seeds: is for --suite; give --seed to a single run")
     if o.suite is None:
         cases = [_case(o, images.name)]
     else:
-        cases = [replace(case, seed=o.seed) for case in suite(o.suite, images.name)]
+        seeds = o.seeds or [o.seed]
+        cases = [replace(case, seed=seed) for seed in seeds for case in suite(o.suite, images.name)]
     if o.list:
         print("\n".join(case.command(o.data) for case in cases))
         return 0

@@ -15,8 +15,8 @@ import functools
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 import fastlocal as fl
+from fastlocal.blocks.heads import CascadeHead, NoHead
 from fastlocal.blocks.measure import BlockPasses, LaunchCounter, MacCounter, SavedBytes, StorageTracker
 from fastlocal.ops._dispatch import as_on_gpu
 from fastlocal.reference import train_step
 
+ROOT = Path(__file__).resolve().parents[1]
 # With foreach, as torch chooses by itself on a GPU.
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 MIB = 2**20
@@ -55,8 +57,10 @@ class Case:
     official: Official | None = None
 
 
-def _cases(model: str, short: str, blocks: int, depths: tuple[int, int], official: dict[str, Official]) -> list[Case]:
-    """Backprop, InfoPro with 16 blocks, and the methods that the AugLocal repository compares, at ``blocks``."""
+def _cases(
+    model: str, short: str, blocks: int, mlaan: int, depths: tuple[int, int], official: dict[str, Official]
+) -> list[Case]:
+    """Backprop, InfoPro with 16 blocks, and the other methods at ``blocks`` (``mlaan``: MLAAN's count of them)."""
     rows: list[tuple[str, str, int, dict[str, Any]]] = [
         ("BP", "bp", 1, {}),
         ("InfoPro K16 contrast", "infopro", 16, {}),
@@ -64,6 +68,10 @@ def _cases(model: str, short: str, blocks: int, depths: tuple[int, int], officia
         (f"DGL K{blocks}, AugLocal's head", "dgl", blocks, {"head": "auglocal"}),
         (f"PredSim K{blocks}, AugLocal's form", "predsim", blocks, {"variant": "auglocal"}),
         (f"InfoPro-CE K{blocks}", "infopro", blocks, {"loss": "cross_entropy"}),
+        (f"MAN K{blocks}", "man", blocks, {}),
+        (f"DGL+MAN++ K{blocks}", "man_plus_plus", blocks, {"head": "dgl"}),
+        (f"HPFF K{blocks}", "hpff", blocks, {}),
+        (f"MLAAN K{mlaan}", "mlaan", mlaan, {}),
         (f"DGL K{blocks}", "dgl", blocks, {}),
         (f"PredSim K{blocks}", "predsim", blocks, {}),
     ]
@@ -75,6 +83,7 @@ CASES = [
         "resnet32",
         "R32",
         16,
+        15,
         (2, 5),
         {
             "BP": Official(69, 268, 2.37),
@@ -84,12 +93,17 @@ CASES = [
             "DGL K16, AugLocal's head": Official(71, 1063, 0.34),
             "PredSim K16, AugLocal's form": Official(105, 1363, 0.38),
             "InfoPro-CE K16": Official(153, 958, 0.56),
+            "MAN K16": Official(317, 1776, 1.25),
+            "DGL+MAN++ K16": Official(252, 2151, 1.08),
+            "HPFF K16": Official(356, 2922, 1.63),
+            "MLAAN K15": Official(448, 2289, 1.75),
         },
     ),
     *_cases(
         "resnet110",
         "R110",
         55,
+        54,
         (3, 5),
         {
             "BP": Official(253, 892, 8.06),
@@ -99,6 +113,10 @@ CASES = [
             "DGL K55, AugLocal's head": Official(259, 3754, 0.34),
             "PredSim K55, AugLocal's form": Official(381, 4834, 0.38),
             "InfoPro-CE K55": Official(573, 3376, 0.56),
+            "MAN K55": Official(1197, 6495, 1.25),
+            "DGL+MAN++ K55": Official(921, 7572, 1.08),
+            "HPFF K55": Official(1390, 11268, 1.63),
+            "MLAAN K54": Official(1720, 8640, 1.75),
         },
     ),
 ]
@@ -115,7 +133,10 @@ class Cost:
         saved_bytes: peak of what autograd holds for backward, parameters and buffers left out.
         storage_bytes: peak of all storages made in the step: activations, gradients, temporaries.
         macs: multiply-accumulates of the forward.
-        forward, backward: fewest and most passes of any unit or head.
+        forward, backward, handed: fewest and most passes of any unit or head: forwards, backwards with gradients of its
+            weights, and backwards without, which hand a gradient down to the block before.
+        work: what the units' passes amount to, on average: 1 for a forward, 2 for a backward, 1 for one without gradients of
+            weights.
         by_op: launches by part and operator.
     """
 
@@ -127,6 +148,8 @@ class Cost:
     macs: int
     forward: tuple[int, int]
     backward: tuple[int, int]
+    handed: tuple[int, int]
+    work: float
     by_op: dict[str, dict[str, int]]
 
     @property
@@ -139,6 +162,9 @@ class Row:
     case: Case
     batch: int
     trained: int  # blocks, after AugLocal has joined its tail
+    parameters: int  # of the network
+    head_parameters: int
+    readout: str
     plain: Cost
     engine: Cost
 
@@ -147,7 +173,8 @@ class Row:
         costs = {"plain": asdict(self.plain), "engine": asdict(self.engine)}
         for cost in costs.values():
             del cost["by_op"]
-        return {**asdict(self.case), "batch": self.batch, "trained_blocks": self.trained, **costs}
+        about = {"trained_blocks": self.trained, "parameters": self.parameters, "head_parameters": self.head_parameters}
+        return {**asdict(self.case), "batch": self.batch, **about, "readout": self.readout, **costs}
 
 
 def build(case: Case, batch: int) -> tuple[fl.LocalModel, Tensor, Tensor]:
@@ -161,19 +188,37 @@ def build(case: Case, batch: int) -> tuple[fl.LocalModel, Tensor, Tensor]:
 def measure(case: Case, batch: int = 8) -> Row:
     """Runs two steps of the plain loop and two of the engine, and counts the second of each."""
     model, x, y = build(case, batch)
-    return Row(case, batch, len(model.blocks), plain_cost(model, x, y), engine_cost(model, x, y))
+    own, heads = (sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.heads))
+    about = (len(model.blocks), own, heads, readout(model, x))
+    return Row(case, batch, *about, plain_cost(model, x, y), engine_cost(model, x, y))
 
 
-def plain_cost(model: fl.LocalModel, x: Tensor, y: Tensor) -> Cost:
-    """A step of ``fastlocal.reference.train_step`` with one SGD."""
+def readout(model: fl.LocalModel, x: Tensor) -> str:
+    """ "the network" where evaluation is the network's own forward, bit for bit; else "the method's own"."""
+    model.eval()
+    outputs = []
+    with torch.no_grad():
+        for module in (model, model.backbone):
+            torch.manual_seed(0)
+            out = module(x)
+            outputs.append([out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)])
+    model.train()
+    same = all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    return "the network" if same else "the method's own"
+
+
+def plain_cost(model: fl.LocalModel, x: Tensor, y: Tensor | None) -> Cost:
+    """A step of ``fastlocal.reference.train_step`` with one SGD. ``y`` is None where the input is all there is."""
     optimizer = SGD(model.parameters(), foreach=True)
-    cost = _count(model, lambda: train_step(model, (x, y), optimizer), {"optimizer": [(optimizer, "step")]})
+    batch = x if y is None else (x, y)
+    cost = _count(model, lambda: train_step(model, batch, optimizer), {"optimizer": [(optimizer, "step")]})
     optimizer.zero_grad()
     return cost
 
 
-def engine_cost(model: fl.LocalModel, x: Tensor, y: Tensor, **options: Any) -> Cost:
+def engine_cost(model: fl.LocalModel, x: Tensor, y: Tensor | None, **options: Any) -> Cost:
     """A step of ``fastlocal.Engine(model, ..., **options)`` as on a GPU: its operators, and nothing is read back."""
+    batch = (x,) if y is None else (x, y)
     engine = fl.Engine(model, lambda named: SGD(named), **options)
     guard = engine._guard
     guard.waits = True
@@ -182,7 +227,7 @@ def engine_cost(model: fl.LocalModel, x: Tensor, y: Tensor, **options: Any) -> C
         "safety": [(guard, "begin"), (guard, "check"), (guard, "end")],
     }
     with as_on_gpu():
-        return _count(model, lambda: engine.step(x, y), parts)
+        return _count(model, lambda: engine.step(*batch), parts)
 
 
 def _count(model: fl.LocalModel, step: Callable[[], Any], parts: dict[str, list[tuple[Any, str]]]) -> Cost:
@@ -190,7 +235,8 @@ def _count(model: fl.LocalModel, step: Callable[[], Any], parts: dict[str, list[
     step()
     counter, macs, storages = LaunchCounter(), MacCounter(), StorageTracker()
     saved = SavedBytes([*model.parameters(), *model.buffers()])
-    passes = BlockPasses(_units_and_heads(model))
+    units, heads = _units_and_heads(model)
+    passes = Passes(units | heads)
     booked: dict[str, Counter[str]] = {"gradients": counter.by_op, "optimizer": Counter(), "safety": Counter()}
     for part, methods in parts.items():
         for owner, name in methods:
@@ -208,8 +254,10 @@ def _count(model: fl.LocalModel, step: Callable[[], Any], parts: dict[str, list[
         saved_bytes=saved.peak,
         storage_bytes=storages.peak,
         macs=macs.total,
-        forward=_least_and_most(passes.forward, passes),
-        backward=_least_and_most(passes.backward, passes),
+        forward=_least_and_most(passes.forward, passes._modules),
+        backward=_least_and_most(passes.backward, passes._modules),
+        handed=_least_and_most(passes.handed, passes._modules),
+        work=sum(passes.forward[u] + 2 * passes.backward[u] + passes.handed[u] for u in units) / len(units),
         by_op={part: dict(ops) for part, ops in booked.items()},
     )
 
@@ -226,16 +274,60 @@ def _booking(fn: Callable[..., Any], counter: LaunchCounter, ops: Counter[str]) 
     return call
 
 
-def _units_and_heads(model: fl.LocalModel) -> dict[str, nn.Module]:
+class Passes(BlockPasses):
+    """`BlockPasses`, with ``backward`` for the passes that give the module's weights their gradients and ``handed`` for those
+    that do not, by the first parameter of each module that trains.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__(modules)
+        self.handed: Counter[str] = Counter()
+        self._calls = _Calls()
+        self._trained: set[tuple[str, int]] = set()
+
+    def __enter__(self) -> Passes:
+        super().__enter__()
+        self.backward = self._calls  # type: ignore[assignment]
+        for name, module in self._modules.items():
+            first = next((p for p in module.parameters() if p.requires_grad), None)
+            if first is not None:
+                self._hooks.append(first.register_post_accumulate_grad_hook(functools.partial(self._trains, name)))
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self.backward = Counter(call[0] for call in self._calls if call in self._trained)
+        self.handed = Counter(call[0] for call in self._calls if call not in self._trained)
+
+    def _trains(self, name: str, parameter: Tensor) -> None:
+        self._trained.add((name, torch._C._current_graph_task_id()))
+
+
+class _Calls(list[tuple[str, int]]):
+    """Where a Counter would add one: names, with the number of the call of backward that they were seen in."""
+
+    def update(self, names: Iterable[str]) -> None:
+        self.extend((name, torch._C._current_graph_task_id()) for name in names)
+
+
+def _units_and_heads(model: fl.LocalModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     modules = dict(model.backbone.named_modules())
-    units = [name for block in model.blocks for name in block.units]
-    # The stem of a ResNet is a method; its convolution stands for it.
-    found = {name: modules[name if name in modules else "conv1"] for name in units}
-    return found | {f"heads.{k}": head for k, head in enumerate(model.heads)}
+    names = [name for block in model.blocks for name in block.units]
+    # The stem of a ResNet is a method; its convolution stands for it. Nothing stands for a transformer's embedding.
+    found = {name: modules.get("conv1" if name == "stem" else name) for name in names}
+    units = {name: module for name, module in found.items() if module is not None} or {"network": model.backbone}
+    heads: dict[str, nn.Module] = {}
+    for k, head in enumerate(model.heads):
+        if isinstance(head, CascadeHead):  # its two halves run, each on an activation of its own
+            parts = {f"heads.{k}.own": head.own, f"heads.{k}.shared": head.shared}
+            heads |= {name: part for name, part in parts.items() if part is not None}
+        elif not isinstance(head, NoHead):
+            heads[f"heads.{k}"] = head
+    return units, heads
 
 
-def _least_and_most(counts: Counter[str], passes: BlockPasses) -> tuple[int, int]:
-    numbers = [counts[name] for name in passes._modules]
+def _least_and_most(counts: Mapping[str, int], names: Iterable[str]) -> tuple[int, int]:
+    numbers = [counts[name] for name in names]
     return min(numbers), max(numbers)
 
 
@@ -243,7 +335,7 @@ def _least_and_most(counts: Counter[str], passes: BlockPasses) -> tuple[int, int
 
 GROUPS: dict[str, list[str]] = {
     "": ["case"],
-    "passes": ["fwd/bwd"],
+    "passes fwd/full/dgrad": ["plain", "fastlocal"],
     "MMAC/image": ["official", "fastlocal"],
     "launches, forward + backwards": ["official", "plain", "fastlocal", "/official"],
     "launches, whole step": ["plain", "fastlocal", "of it safety", "/plain"],
@@ -257,12 +349,9 @@ def cells(row: Row) -> list[str]:
     official, plain, engine = row.case.official, row.plain, row.engine
     per_image = row.batch * MIB
 
-    def span(passes: tuple[int, int]) -> str:
-        return str(passes[0]) if passes[0] == passes[1] else f"{passes[0]}-{passes[1]}"
-
     return [
         row.case.name,
-        f"{span(engine.forward)}/{span(engine.backward)}",
+        *("/".join(map(span, (cost.forward, cost.backward, cost.handed))) for cost in (plain, engine)),
         f"{official.mmacs}" if official else "-",
         f"{engine.macs / row.batch / 1e6:.0f}",
         f"{official.launches}" if official else "-",
@@ -278,6 +367,25 @@ def cells(row: Row) -> list[str]:
         f"{plain.storage_bytes / per_image:.2f}",
         f"{engine.storage_bytes / per_image:.2f}",
     ]
+
+
+def span(passes: Sequence[int]) -> str:
+    """Fewest and most, as one number where they are equal."""
+    least, most = passes
+    return str(least) if least == most else f"{least}-{most}"
+
+
+def read(root: Path = ROOT) -> list[Row]:
+    """The recorded rows, without launches by operator."""
+    record = json.loads((root / "bench" / "results" / "ledger.json").read_text())
+    rows = []
+    for row in record["rows"]:
+        case = Case(*(row[key] for key in ("name", "model", "method", "blocks", "options")))
+        if row["official"]:
+            case = replace(case, official=Official(**row["official"]))
+        about = (row[key] for key in ("batch", "trained_blocks", "parameters", "head_parameters", "readout"))
+        rows.append(Row(case, *about, *(Cost(**row[side], by_op={}) for side in ("plain", "engine"))))
+    return rows
 
 
 def to_text(rows: list[Row]) -> str:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastlocal.bench import accuracy, demo, kernels
+from fastlocal.bench import accuracy, demo, kernels, ledger
+from fastlocal.bench import methods as method_table
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import list_methods
 
@@ -186,6 +187,20 @@ def papers_part(root: Path) -> str:
     return "\n".join(f"- `{method['name']}`: {method['paper']}" for method in list_methods())
 
 
+def ledger_full_part(root: Path) -> str:
+    if not (root / "bench" / "results" / "ledger.json").exists():
+        return "No run is recorded here yet. `python -m fastlocal.bench.ledger` prints the table."
+    return ledger.to_markdown(ledger.read(root))
+
+
+def method_table_part(root: Path) -> str:
+    return table(method_table.method_rows(root), left=7)
+
+
+def method_costs_part(root: Path) -> str:
+    return table(method_table.cost_rows(root), left=2)
+
+
 def kernels_part(root: Path) -> str:
     record = _json(root / "bench" / "results" / "kernels.json")
     if record is None:
@@ -196,12 +211,16 @@ def kernels_part(root: Path) -> str:
 PARTS: dict[str, Callable[[Path], str]] = {
     "demo": demo_part,
     "ledger": ledger_part,
+    "ledger_full": ledger_full_part,
+    "method_table": method_table_part,
+    "method_costs": method_costs_part,
     "kernels": kernels_part,
     "step_time": step_time_part,
     "methods": methods_part,
     "accuracy": accuracy_part,
     "accuracy_conditions": accuracy_conditions_part,
     "accuracy_full": _accuracy(accuracy.full_rows, left=3),
+    "accuracy_all": _accuracy(accuracy.everything_rows, left=3),
     "accuracy_heads": _accuracy(accuracy.head_rows, left=3),
     "accuracy_blocks": _accuracy(accuracy.block_rows),
     "accuracy_rates": _accuracy(accuracy.rate_rows, left=3),

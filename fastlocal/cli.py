@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BENCHES = {
     "demo": "ResNet-20 on digits under BP, DGL and AugLocal: one table and one picture",
     "ledger": "launches, block passes, MACs and saved bytes of a step of every method",
+    "methods": "what every method isolates, costs and was checked against, as one table",
     "kernels": "registers, shared memory and spills of every Triton kernel, compiled without a GPU",
     "gpu": "operators and whole steps on a CUDA device, beside their rivals",
     "tune": "launch configurations for this CUDA device, as a table that the kernels read",

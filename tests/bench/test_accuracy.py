@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import fastlocal as fl
 from fastlocal import models
 from fastlocal.bench import accuracy, readme
 from fastlocal.bench.accuracy import Case
 from fastlocal.data import load
 from fastlocal.errors import ArgumentError
+from fastlocal.methods import list_methods
 
 SMALL = {"feat_mult": 1 / 16, "num_hidden": 16}
 
@@ -108,7 +110,7 @@ def test_convolutions_is_the_same_network_cut_elsewhere():
         accuracy.network(Case("tiny", convolutions=True), load("digits"))
 
 
-@pytest.mark.parametrize("name", ["methods", "blocks"])
+@pytest.mark.parametrize("name", ["methods", "blocks", "all"])
 def test_the_printed_command_is_the_case(name):
     for data in accuracy.SETS:
         for case in accuracy.suite(name, data):
@@ -123,6 +125,96 @@ def test_methods_of_one_suite_share_all_but_rate_and_options():
             assert [case.method for case in cases] == ["bp", "predsim", "auglocal", "infopro"]
             same = {"method": "", "option": {}, "convolutions": False, "optimizer": "", "lr": 0.0}
             assert len({json.dumps(asdict(replace(case, **same))) for case in cases}) == 1
+
+
+def test_the_suite_of_all_methods_has_every_registered_one(path, monkeypatch):
+    """Localized, not trained: `test_runs_of_the_suite_of_all_methods` trains a few."""
+    registered = {known["name"] for known in list_methods()}
+    for data in accuracy.SETS:
+        cases = accuracy.everything(data)
+        assert {case.method for case in cases.values()} == registered - set(accuracy.WITHOUT_ACCURACY)
+        assert set(accuracy.WITHOUT_ACCURACY) <= registered
+        assert [cases[name].method for name in ("BP", "greedy", "BP, ViT")] == ["bp", "infopro", "bp"]
+        same = {"method": "", "blocks": None, "option": {}, "optimizer": "", "lr": 0.0}
+        for model in accuracy.NARROW:
+            of_net = [replace(case, **same) for case in cases.values() if case.model == model]
+            assert len(of_net) > 1 and len({json.dumps(asdict(case)) for case in of_net}) == 1
+
+    monkeypatch.setattr(fl.methods.base, "_REGISTRY", dict(fl.methods.base._REGISTRY))
+
+    @fl.methods.register
+    class Later(fl.methods.get_method("dgl")):
+        name = "later"
+
+    assert accuracy.everything("cifar10")["later"] == replace(accuracy.everything("cifar10")["DGL"], method="later")
+
+
+def test_plain_greedy_is_a_linear_classifier_behind_each_block(path):
+    case = replace(accuracy.everything("tiny")["greedy"], train=20, test=10, epochs=1, batch_size=10)
+    model, history, seconds = accuracy._train(
+        accuracy.part(load(path), case), case, {**case.option, "mean": [0.5], "std": [0.5]}, False
+    )
+    assert len(model.heads) == 15 and seconds > 0 and len(history) == 1
+    assert all(head.decoder is None and len(head.classifier) == 2 for head in model.heads)
+    assert [type(m).__name__ for m in model.heads[3].classifier] == ["AvgPool", "Linear"]
+
+
+@pytest.mark.parametrize("name", ["LAKD", "HPFF", "LoPT", "feature reconstruction"])
+def test_runs_of_the_suite_of_all_methods(path, name, monkeypatch):
+    """A teacher that is trained first; a map of odd size; heads without scores; heads that read their block's input."""
+    monkeypatch.setattr(accuracy, "NARROW", {"resnet32": {"width": 2}, "vit_tiny": accuracy.NARROW["vit_tiny"]})
+    trained = []
+    train = accuracy._train
+    monkeypatch.setattr(
+        accuracy, "_train", lambda images, case, *rest: (trained.append(case.method), train(images, case, *rest))[1]
+    )
+    case = replace(accuracy.everything("tiny")[name], train=20, test=10, epochs=1, batch_size=10, precision="32-true")
+    record = accuracy.run(load(path), case)
+    assert trained == (["bp", "lakd"] if name == "LAKD" else [case.method])
+    assert record["case"] == asdict(case) and json.loads(json.dumps(record)) == record
+    assert len(record["accuracies"]) == record["blocks"] == {"HPFF": 15, "LAKD": 16}.get(name, 4)
+    assert all(loss == loss for loss in record["losses"])
+    without = {"LoPT": 3, "HPFF": 1}.get(name, 0)
+    assert record["accuracies"].count(None) == without and record["accuracy"] == record["accuracies"][-1]
+
+
+def test_the_table_of_all_methods():
+    def made_of(name, value, seed=0, data="cifar10"):
+        case = replace(accuracy.everything(data)[name], seed=seed)
+        return {"case": asdict(case), "blocks": 3, "accuracy": value}
+
+    records = [
+        made_of("BP", 0.7),
+        made_of("BP", 0.8, seed=1),
+        made_of("greedy", 0.5),
+        made_of("greedy", 0.4, seed=1),
+        made_of("MAN", 0.6, seed=1),
+        made_of("MAN", 0.65),
+        made_of("BP, ViT", 0.5),
+        made_of("LoPT", 0.45),
+        made_of("HPFF", 0.5, data="fashion_mnist"),
+        {
+            **made_of("MAN", 0.99),
+            "case": asdict(replace(accuracy.everything("cifar10")["MAN"], epochs=9)),
+        },  # another run
+    ]
+    assert accuracy.everything_rows(records)[1:] == [
+        ["CIFAR-10", "ResNet-32", "BP", "3", "75.0", "70.0, 80.0", "-", "+30.0"],
+        ["CIFAR-10", "ResNet-32", "greedy", "3", "45.0", "50.0, 40.0", "-30.0", "-"],
+        ["CIFAR-10", "ResNet-32", "MAN", "3", "62.5", "65.0, 60.0", "-12.5", "+17.5"],
+        ["CIFAR-10", "ViT", "BP", "3", "50.0", "50.0", "-", "-"],
+        ["CIFAR-10", "ViT", "LoPT", "3", "45.0", "45.0", "-5.0", "-"],
+        ["Fashion-MNIST", "ResNet-32", "HPFF", "3", "50.0", "50.0", "-", "-"],
+    ]
+
+
+def test_several_seeds_of_a_suite(path, monkeypatch, capsys):
+    short = [tiny(epochs=1), tiny(epochs=1, method="dgl", blocks=2)]
+    monkeypatch.setattr(accuracy, "suite", lambda name, data: short)
+    assert accuracy.main(["--data", str(path), "--suite", "all", "--seeds", "4", "7", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("--seed ")[1] for line in lines] == ["4", "4", "7", "7"]
+    assert ["--method dgl" in line for line in lines] == [False, True] * 2
 
 
 def test_main_appends_and_leaves_out_what_is_there(path, tmp_path, monkeypatch, capsys):
@@ -166,6 +258,7 @@ def test_main_appends_and_leaves_out_what_is_there(path, tmp_path, monkeypatch, 
         (["--data", "digits", "--epochs", "0"], "--epochs: got 0"),
         (["--data", "digits", "--optimizer", "lion"], "valid are 'sgd', 'adam'"),
         (["--data", "digits", "--option", "depth"], "write NAME=VALUE"),
+        (["--data", "digits", "--seeds", "1", "2"], "--seeds: is for --suite"),
         (["--draw", "x"], "--draw: needs the records"),
         (["--draw", "x", "--json", "nowhere.jsonl"], "holds no run of BP"),
     ],
@@ -245,7 +338,7 @@ def test_parts_of_the_pages(records, tmp_path):
     names = [name for name in readme.PARTS if name.startswith("accuracy")]
     page = "\n".join(f"<!-- begin: {name} -->\nold\n<!-- end: {name} -->" for name in names)
     empty = readme.fill(page, tmp_path)
-    assert "old" not in empty and empty.count("No run is recorded here yet") == 6
+    assert "old" not in empty and empty.count("No run is recorded here yet") == 7
     for record in records:
         accuracy.append(tmp_path / accuracy.RESULTS, record)
     text = readme.fill(page, tmp_path)

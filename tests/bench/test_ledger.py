@@ -15,15 +15,21 @@ from fastlocal.blocks.measure import StorageTracker
 
 BY_NAME = {case.name: case for case in CASES}
 
+CASCADES = ("hpff", "mlaan")  # the plain loop runs blocks several times, as published
+
 # (forward and backwards, optimizer, safety): the engine's, then the plain loop's first two.
 LAUNCHES = {
     "R32 BP": ((171, 3, 19), (268, 10)),
-    "R32 InfoPro K16 contrast": ((686, 16, 36), (941, 25)),
+    "R32 InfoPro K16 contrast": ((626, 16, 36), (941, 25)),
     "R32 AugLocal K16 d2": ((491, 14, 38), (912, 29)),
     "R32 AugLocal K16 d5": ((624, 11, 39), (1098, 34)),
     "R32 DGL K16, AugLocal's head": ((613, 16, 40), (995, 30)),
     "R32 PredSim K16, AugLocal's form": ((366, 16, 34), (626, 15)),
-    "R32 InfoPro-CE K16": ((626, 16, 36), (933, 25)),
+    "R32 InfoPro-CE K16": ((566, 16, 36), (933, 25)),
+    "R32 MAN K16": ((930, 15, 47), (1500, 34)),
+    "R32 DGL+MAN++ K16": ((1130, 16, 50), (1883, 45)),
+    "R32 HPFF K16": ((1069, 15, 39), (2150, 35)),
+    "R32 MLAAN K15": ((1038, 15, 47), (2335, 39)),
     "R32 DGL K16": ((734, 16, 40), (1160, 36)),
     "R32 PredSim K16": ((358, 16, 34), (618, 15)),
     "R110 BP": ((562, 7, 28), (892, 29)),
@@ -46,10 +52,12 @@ def test_launches_are_exactly_these(row: Row) -> None:
     assert engine.launches < plain.launches
     # Convolutions are PyTorch's in both; a weight's gradient that needs an activation again is a call of its own.
     ours, theirs = engine.by_op["gradients"], plain.by_op["gradients"]
-    assert ours["aten::convolution"] == theirs["aten::convolution"]
-    assert (
-        theirs["aten::convolution_backward"] <= ours["aten::convolution_backward"] < 1.7 * theirs["aten::convolution"]
-    )
+    if row.case.method in CASCADES:
+        assert ours["aten::convolution"] < 0.75 * theirs["aten::convolution"]
+    else:
+        assert ours["aten::convolution"] == theirs["aten::convolution"]
+        most = 1.7 * theirs["aten::convolution"]
+        assert theirs["aten::convolution_backward"] <= ours["aten::convolution_backward"] < most
     # Small maps: one launch for a norm with all that follows it, each way, two norms together where a shortcut has one.
     norms = sum(count for op, count in ours.items() if op.startswith("fastlocal::bn_act") and "forward" in op)
     assert norms <= theirs["aten::native_batch_norm"]
@@ -78,22 +86,56 @@ def test_a_batch_of_128_launches_a_few_more(name: str, launches: int) -> None:
     assert plan.launches == launches + optimizer + safety
 
 
+def test_the_official_launches_are_cut_to_six_tenths() -> None:
+    """Every method on both ResNets, as recorded. Not backprop's: it has no heads to fuse."""
+    recorded = [row for row in ledger.read() if row.case.official is not None and row.case.method != "bp"]
+    assert len(recorded) == 20
+    for row in recorded:
+        assert row.case.official is not None
+        assert row.engine.gradients <= 0.6 * row.case.official.launches, row.case.name
+
+
 def test_every_unit_and_head_runs_once_each_way(row: Row) -> None:
-    for cost in (row.plain, row.engine):
-        assert cost.forward == cost.backward == (1, 1)
+    """A cascade hands gradients down besides, through all blocks but the first and the last ones."""
+    engine, plain = row.engine, row.plain
+    assert engine.forward == engine.backward == (1, 1)
+    if row.case.method not in CASCADES:
+        assert plain.forward == plain.backward == (1, 1) and plain.handed == engine.handed == (0, 0)
+        assert plain.work == engine.work == 3.0
+        return
+    assert engine.handed == (0, 1) and plain.forward == plain.backward == (1, 3) and plain.handed == (0, 0)
+    assert engine.work < 4 < 8 < plain.work
+    assert engine.work <= 0.5 * plain.work, "the published algorithm runs every block again for each stream"
+
+
+def test_passes_with_and_without_gradients_of_weights_are_told_apart() -> None:
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.bias.requires_grad_(False)
+    x = torch.randn(2, 3, requires_grad=True)
+    with ledger.Passes({"first": first, "second": second}) as passes:
+        y = second(first(x))
+        torch.autograd.backward(y.sum(), inputs=[x], retain_graph=True)
+        torch.autograd.backward(y.sum(), inputs=[first.weight, first.bias])
+        (second(x.detach()).sum() + second(x.detach()).sum()).backward()
+    assert passes.forward == {"first": 1, "second": 3}
+    assert passes.backward == {"first": 1, "second": 2} and passes.handed == {"first": 1, "second": 2}
 
 
 def test_no_more_than_the_official_code(row: Row) -> None:
     official, engine, plain = row.case.official, row.engine, row.plain
-    # The plain loop multiplies PredSim's one-hot targets with each other; an operator compares them.
-    assert 0 <= plain.macs - engine.macs <= ("PredSim" in row.case.name) * 10 * row.batch**2
+    if row.case.method in CASCADES:
+        assert engine.macs < 0.72 * plain.macs
+    else:  # the plain loop multiplies PredSim's one-hot targets with each other; an operator compares them
+        assert 0 <= plain.macs - engine.macs <= ("PredSim" in row.case.name) * 10 * row.batch**2
     assert engine.storage_bytes <= plain.storage_bytes
     assert engine.saved_bytes <= plain.saved_bytes
     if official is None:
         return
-    assert plain.gradients <= official.launches
+    # The specification of MLAAN runs a block for each stream; the authors leave out what the last one does not need.
+    assert plain.gradients <= official.launches * (1.03 if row.case.method == "mlaan" else 1)
     assert engine.launches < official.launches, "the whole step against the official forward and backwards alone"
-    assert abs(engine.macs / row.batch / 1e6 / official.mmacs - 1) < 0.01
+    macs = engine.macs / row.batch / 1e6 / official.mmacs
+    assert macs < 0.72 if row.case.method in CASCADES else abs(macs - 1) < 0.01
     # The official figure has two decimals.
     assert round(engine.saved_bytes / row.batch / 2**20, 2) <= official.saved_mib
 
@@ -141,11 +183,11 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     file = tmp_path / "new" / "ledger.json"
     assert ledger.main(["--model", "resnet32", "--batch", "2", "--ops", "--json", str(file)]) == 0
     title, heads, bp, predsim, *rest = capsys.readouterr().out.splitlines()
-    assert heads.split()[:2] == ["case", "fwd/bwd"] and title.split()[0] == "passes"
+    assert heads.split()[:3] == ["case", "plain", "fastlocal"] and title.split()[0] == "passes"
     assert bp.startswith("R32 BP ") and predsim.startswith("R32 PredSim K16 ")
-    assert bp.split()[2:10] == ["1/1", "69", "69", "268", "268", "171", "0.64", "278"]
-    assert bp.split()[10:15] == ["193", "19", "0.69", "2.37", "1.81"]
-    assert predsim.split()[3:9] == ["1/1", "-", "105", "-", "948", "776"]
+    assert bp.split()[2:11] == ["1/1/0", "1/1/0", "69", "69", "268", "268", "171", "0.64", "278"]
+    assert bp.split()[11:16] == ["193", "19", "0.69", "2.37", "1.81"]
+    assert predsim.split()[3:10] == ["1/1/0", "1/1/0", "-", "105", "-", "618", "358"]
     assert len({len(line) for line in (heads, bp, predsim)}) == 1
     assert any(line.split() == ["optimizer", "aten::_fused_sgd_", "0", "3"] for line in rest)
     record = json.loads(file.read_text())
