@@ -17,7 +17,7 @@ How to write one::
         def forward(self, img, target=None, ixx_1=0, ...):
             if not self.training:
                 return self._logits(img), ...
-            set_weights(self.local.heads, interpolated(len(self.local.heads), ixx_1, ixy_1, ixx_2, ixy_2))
+            self.set_loss_weights(ixx_1, ixy_1, ixx_2, ixy_2)
             out = self._step(img, target)                            # gradients are in .grad now, as officially
             return out.logits, out.losses[-1]
 
@@ -56,8 +56,17 @@ class OfficialNetwork(nn.Module):
 
     @property
     def local(self) -> LocalModel:
-        """The `LocalModel` that runs this network's modules; its loss is a plain one (see ``docs/compat.md``)."""
+        """The `LocalModel` that runs this network's modules, for `Engine`, DistributedDataParallel and `LocalModel.export`."""
         return self._local
+
+    def set_loss_weights(self, ixx_1: float = 0, ixy_1: float = 0, ixx_2: float = 0, ixy_2: float = 0) -> None:
+        """The weights that ``forward`` takes, for steps through `local`."""
+        self._weigh((ixx_1, ixy_1), (ixx_2, ixy_2))
+
+    def _weigh(self, first: tuple[float, float], last: tuple[float, float]) -> None:
+        """Gives the heads their weights: (ixx, ixy) at the first and at the last of them."""
+        heads = self._local.heads
+        set_weights(heads, interpolated(len(heads), *first, *last))
 
     def _runs(self, local: LocalModel) -> None:
         """Takes ``local``; call it last in ``__init__``. Every parameter of it must be registered here by then."""
@@ -86,7 +95,7 @@ class OfficialNetwork(nn.Module):
         if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
             raise ArgumentError(
                 f"model: {type(self).__name__} takes its gradients inside forward, where DistributedDataParallel cannot "
-                "reduce them; wrap model.local instead: `out = ddp(x, y); out.loss.backward()`, and save model"
+                "reduce them; wrap model.local instead: model.set_loss_weights(...), `out = ddp(x, y); out.loss.backward()`"
             )
         out = self._local_step(x, target, **kwargs)
         out.loss.backward()

@@ -29,10 +29,8 @@ from fastlocal.compat._official import (
     in_layout,
     init_convs_and_norms,
     init_residuals,
-    interpolated,
     leaves,
     register,
-    set_weights,
     stage_and_unit,
     stem_width,
     unit_names,
@@ -155,8 +153,7 @@ class LocalResNet(OfficialNetwork):
         collect: AbstractContextManager[list[Tensor]] = unit_outputs(units) if return_features else nullcontext([])
         with collect as features:
             if self.training:
-                heads = self.local.heads
-                set_weights(heads, interpolated(len(heads), ixx_1, ixy_1, ixx_2, ixy_2))
+                self.set_loss_weights(ixx_1, ixy_1, ixx_2, ixy_2)
                 out = self._step(img, target)
                 logits, loss = out.logits, out.losses[-1]
             else:

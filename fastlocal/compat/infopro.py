@@ -26,7 +26,6 @@ from fastlocal.compat._official import (
     in_layout,
     init_convs_and_norms,
     init_residuals,
-    interpolated,
     register,
     set_weights,
     stage_and_unit,
@@ -117,8 +116,7 @@ class InfoProResNet(OfficialNetwork):
         without a target.
         """
         if self.training:
-            heads = self.local.heads
-            set_weights(heads, interpolated(len(heads), ixx_1, ixy_1, ixx_2, ixy_2))
+            self.set_loss_weights(ixx_1, ixy_1, ixx_2, ixy_2)
             out = self._step(img, target)
             return out.logits, out.losses[-1]
         logits = self._logits(img)

@@ -161,6 +161,23 @@ def test_distributed_data_parallel_takes_the_local_model(tmp_path):
         torch.testing.assert_close(got[name], g, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_an_engine_takes_the_same_steps():
+    def sgd(params):
+        return torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    network, (x, y) = small(), batch()
+    twin = copy.deepcopy(network)
+    optimizer = sgd(network.parameters())
+    twin.set_loss_weights(**WEIGHTS)
+    engine = fl.Engine(twin.local, lambda named: sgd([p for _, p in named]))
+    for _ in range(2):
+        one_step(network, x, y)
+        optimizer.step()
+        engine.step(x, y)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_evaluation_is_the_backbone_and_leaves_no_trace():
     network, (x, y) = small(auglocal), batch()
     network.eval()
