@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fastlocal.blocks.heads import Upsample, conv_bn_relu
 from fastlocal.blocks.types import LocalLoss, StepContext
 from fastlocal.errors import ArgumentError
-from fastlocal.ops._dispatch import fuses
+from fastlocal.ops._dispatch import backend, fuses
 from fastlocal.ops.modules import AvgPool, FusedSequential
 
 
@@ -69,16 +70,21 @@ class Fusion(nn.Module):
         unit: what both are copies of.
         fresh: draw both anew.
         scaled: add the trained ``scale``, 0-dim, 1 at first.
+        early: the average moves between forward and backward. Then its half is run by plain modules everywhere: fused
+            operators compute activations anew in backward, with norms that are not those of the forward any more.
     """
 
-    def __init__(self, unit: nn.Module, *, fresh: bool, scaled: bool) -> None:
+    def __init__(self, unit: nn.Module, *, fresh: bool, scaled: bool, early: bool = False) -> None:
         super().__init__()
+        self.early = early
         self.lb = twin(unit, fresh=fresh)
         self.ema = twin(unit, fresh=fresh, trained=False)
         self.scale = nn.Parameter(torch.ones(())) if scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
-        trained, averaged = self.lb(x), self.ema(x)
+        trained = self.lb(x)
+        with backend("reference") if self.early else nullcontext():
+            averaged = self.ema(x)
         if self.scale is None:
             return trained + averaged
         if fuses(x.device):

@@ -193,11 +193,16 @@ class MAN(Method):
                 f"{tuple(site.input_shape)} and block {site.index} gives {tuple(site.shape)} without the batch; use "
                 "method='dgl' or 'auglocal'"
             )
-        fusion = Fusion(site.next_unit, fresh=self.mode == "official", scaled=self.scaled)
+        fusion = self.fusion(site)
         after = replace(site, shape=shape_after(fusion.ema, site.shape), unit=site.unit + 1)
         return FusedHead(
             fusion, init_convs(self._dgl(after) if self.options.head == "dgl" else self._infopro(after, site))
         )
+
+    def fusion(self, site: Site) -> Fusion:
+        """The two copies of the unit after the cut."""
+        early = self.update_point(site) == "between_forward_and_backward"
+        return Fusion(site.next_unit, fresh=self.mode == "official", scaled=self.scaled, early=early)
 
     def _dgl(self, after: Site) -> nn.Module:
         width = self.options.feature_dim

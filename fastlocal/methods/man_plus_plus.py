@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from fastlocal.blocks.heads import ClassifierHead
-from fastlocal.blocks.man import FusedHead, Fusion, twin
+from fastlocal.blocks.man import FusedHead, twin
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import Site, register
 from fastlocal.methods.infopro import CUTS as INFOPRO_CUTS
@@ -79,12 +79,9 @@ class MANPlusPlus(MAN):
                 f"blocks: {self.name!r} on tokens copies two units after each cut, but after '{site.name}' there is one; "
                 "use fewer blocks"
             )
-        fresh = self.mode == "official"
-        second = twin(replace(site, unit=site.unit + 1).next_unit, fresh=fresh)
+        second = twin(replace(site, unit=site.unit + 1).next_unit, fresh=self.mode == "official")
         readout = site.net.make_readout(site.shape[-1], site.num_classes)  # type: ignore[operator]
-        return FusedHead(
-            Fusion(site.next_unit, fresh=fresh, scaled=True), ClassifierHead(FusedSequential(second, readout))
-        )
+        return FusedHead(self.fusion(site), ClassifierHead(FusedSequential(second, readout)))
 
     def _infopro(self, after: Site, site: Site) -> nn.Module:
         of_stem = self.mode == "official" and self.options.form == "cifar" and site.unit == 0

@@ -126,6 +126,22 @@ def test_scaled_sum_of_a_gpu_equals_the_formula():
         torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{"mode": "official"}, {"head": "dgl", "when": "between_forward_and_backward"}])
+def test_steps_with_the_operators_of_a_gpu_are_equal(options):
+    """What they saved for backward is the averages' new value where these move before it."""
+    model = pp(["stem", "layer1.1", "layer2.0"], momentum=0.5, **options)
+    trained = []
+    for context in (nullcontext, as_on_gpu):
+        net = copy.deepcopy(model)
+        engine = fl.Engine(net, lambda named: torch.optim.SGD(named, lr=0.05, momentum=0.9))
+        with context():
+            for k in range(2):
+                engine.step(*batch(k))
+        trained.append(net.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("options", [{"mode": "official"}, {"head": "dgl"}])
 def test_reference_and_both_levels_are_equal(options):
     model = pp(["stem", "layer1.1", "layer2.0"], momentum=0.5, **options)
