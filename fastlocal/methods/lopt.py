@@ -85,6 +85,18 @@ class LoPTHead(nn.Module):
         return LocalLoss.of(("reconstruction", loss, self.weight))
 
 
+def layer_ranges(blocks: int, unit_names: list[str]) -> list[int] | None:
+    """The last units of all ranges but the last: as many layers in each, in the first ones one more where they do not divide.
+
+    Layers are the units whose names end with a number. None where there are fewer than blocks.
+    """
+    layers = [i for i, name in enumerate(unit_names) if name.rpartition(".")[2].isdigit()]
+    if not 1 < blocks <= len(layers):
+        return None
+    base, extra = divmod(len(layers), blocks)
+    return [layers[base * (k + 1) + min(k + 1, extra) - 1] for k in range(blocks - 1)]
+
+
 @register
 class LoPT(Method):
     """Each block but the last reconstructs its own detached input from its output; the last one has the task loss.
@@ -109,12 +121,7 @@ class LoPT(Method):
         check_number("reduction", self.options.reduction, low=1, integer=True)
 
     def cuts(self, blocks: int, unit_names: list[str], net: nn.Module) -> list[int] | None:
-        layers = [i for i, name in enumerate(unit_names) if name.rpartition(".")[2].isdigit()]
-        if not 1 < blocks <= len(layers):
-            return None
-        base, extra = divmod(len(layers), blocks)
-        ends = [base * (k + 1) + min(k + 1, extra) for k in range(blocks - 1)]
-        return [layers[end - 1] for end in ends]
+        return layer_ranges(blocks, unit_names)
 
     def head(self, site: Site) -> nn.Module:
         o = self.options

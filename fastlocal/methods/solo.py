@@ -16,6 +16,7 @@ from fastlocal.blocks.heads import token_targets
 from fastlocal.blocks.links import Link
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import LocalLoss, Method, Site, StepContext, check_choice, check_number, register
+from fastlocal.methods.lopt import layer_ranges
 from fastlocal.ops._dispatch import fuses
 from fastlocal.ops.pool_linear_cross_entropy import MAX_CLASSES, pool_linear_cross_entropy
 
@@ -163,9 +164,9 @@ class SOLOHead(nn.Module):
 class SOLO(Method):
     """Every block but the last has a head of fresh transformer blocks that predicts with a copy of the network's readout.
 
-    Only the last block's loss trains the readout. For networks that score every token: those of ``fastlocal.models`` and
-    Hugging Face's decoders. With a large vocabulary, a head's logits are never in memory as a whole, on any device. There is
-    no official code; both modes are the same.
+    Only the last block's loss trains the readout. Blocks have as many layers each. For networks that score every token:
+    those of ``fastlocal.models`` and Hugging Face's decoders. With a large vocabulary, a head's logits are never in memory
+    as a whole, on any device. There is no official code; both modes are the same.
     """
 
     name: ClassVar[str] = "solo"
@@ -182,6 +183,9 @@ class SOLO(Method):
         check_choice("units", o.units, ("auto", "transformer++"))
         if o.heads is not None:
             check_number("heads", o.heads, low=1, integer=True)
+
+    def cuts(self, blocks: int, unit_names: list[str], net: nn.Module) -> list[int] | None:
+        return layer_ranges(blocks, unit_names)
 
     def resolve(self, sites: list[Site]) -> None:
         self._copy: ReadoutCopy | None = None
