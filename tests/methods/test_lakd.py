@@ -256,6 +256,22 @@ def test_named_taps_and_maps_of_another_size():
     torch.testing.assert_close(local.terms["feature"][0], (own - theirs).pow(2).mean())
     torch.testing.assert_close(local.terms["attention"][0], (maps(h, 2) - maps(theirs, 2)).norm(dim=1).mean())
     assert [head.tap for head in model.heads] == [0, 0]
+    # a finer map is averaged: here the teacher has four positions for each of the student's
+    ctx = StepContext(y, x, F.cross_entropy)
+    local = model.heads[0](h[:, :, :2, :2], ctx)
+    torch.testing.assert_close(
+        local.terms["feature"][0], (own[:, :, :2, :2] - F.avg_pool2d(teacher[0](x), 2)).pow(2).mean()
+    )
+    mean = F.avg_pool2d(teacher[0](x).square().sum(1, keepdim=True), 2).flatten(1)
+    apart = maps(h[:, :, :2, :2], 2) - F.normalize(mean, dim=1)
+    torch.testing.assert_close(local.terms["attention"][0], apart.norm(dim=1).mean())
+
+
+def test_a_teacher_of_another_dtype_takes_the_student_s():
+    teacher = models.ResNetCIFAR(2, width=8).double()
+    model = fl.localize(student(), "lakd", blocks=3, sample=torch.randn(2, 3, 8, 8), teacher=teacher)
+    assert next(teacher.parameters()).dtype == torch.float32
+    assert model(torch.randn(4, 3, 8, 8), torch.arange(4)).loss.isfinite()
 
 
 def test_tokens():
