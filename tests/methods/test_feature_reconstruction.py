@@ -16,6 +16,7 @@ from fastlocal.blocks.heads import InfoProHead
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.feature_reconstruction import FeatureHead, FeatureReconstruction, ToMap, _map_shape
 from tests.methods.sites import run_head, site
+from tests.methods.three_ways import in_bf16, never_waits
 
 NORM = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
 
@@ -175,6 +176,13 @@ def test_levels_are_equal_and_train(net, blocks):
     assert own is unit or own.__self__ is twin.backbone
     assert torch.equal(twin.eval()(data[0][0]), a.eval()(data[0][0]))
     assert not any("embed" in name for name, _ in a.heads.named_parameters())
+
+
+@pytest.mark.parametrize("reconstruct", ["features", "image"])
+def test_no_step_waits_and_bf16_is_much_the_same(reconstruct):
+    model = localized("swin", reconstruct=reconstruct)
+    in_bf16(model, *batch())
+    never_waits(model, *batch())
 
 
 def test_fused_operators_give_the_same_numbers():

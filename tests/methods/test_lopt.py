@@ -20,6 +20,7 @@ from fastlocal.errors import ArgumentError
 from fastlocal.methods import StepContext
 from fastlocal.methods.lopt import Embedding, LoPT
 from tests.methods.sites import site
+from tests.methods.three_ways import in_bf16, never_waits
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "lopt_llama.json").read_text())
 
@@ -170,6 +171,13 @@ def test_levels_are_equal_and_copies_go_on(update):
         twin.backbone.wte.weight.add_(1.0)
     assert twin.heads[0].embedding.of is twin.backbone.wte and a.heads[0].embedding.of is a.backbone.wte
     assert len(list(a.heads[0].parameters())) == 6, "the embeddings are no part of the head"
+
+
+def test_no_step_waits_and_bf16_is_much_the_same():
+    x = ids()
+    model = fl.localize(gpt(), "lopt", blocks=3, sample=x[:2])
+    in_bf16(model, x, x)
+    never_waits(model, x, x)
 
 
 def test_block_0_reconstructs_the_embeddings_without_moving_them():

@@ -21,6 +21,7 @@ from fastlocal.methods import solo as module
 from fastlocal.methods.solo import SOLO, TransformerPlusPlus, readout_of
 from fastlocal.models.gpt import GPTBlock
 from tests.methods.sites import site
+from tests.methods.three_ways import in_bf16, never_waits
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,12 @@ def test_forwards_that_do_not_train_do_not_count():
     engine.accumulate(x)
     engine.step(x)
     assert model.heads[0].readout.count == 1, "three micro-batches are one step"
+
+
+def test_no_step_waits_and_bf16_is_much_the_same():
+    x = ids()
+    in_bf16(localized(refresh=2), x, x)
+    never_waits(localized(refresh=2), x, x)
 
 
 @pytest.mark.parametrize("at", [2, 3])
