@@ -17,7 +17,6 @@ from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
 from fastlocal.blocks.measure import SavedBytes
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import StepContext
-from fastlocal.methods import solo as module
 from fastlocal.methods.solo import SOLO, TransformerPlusPlus, readout_of
 from fastlocal.models.gpt import GPTBlock
 from tests.methods.sites import site
@@ -477,16 +476,35 @@ def test_transformer_plus_plus():
     changed[:, 4] += 1
     out, other = block(x), block(changed)
     assert torch.equal(out[:, :4], other[:, :4]) and not torch.equal(out[:, 5], other[:, 5]), "it is not causal"
-    # rotary positions: scores depend on how far apart two tokens lie, so a shift of all of them changes nothing
-    q = torch.randn(16, dtype=torch.float64)
-    turned = module._rotated(q.expand(6, 16))
-    torch.testing.assert_close(turned.norm(dim=1), q.norm().expand(6))
-    scores = turned @ turned.T
-    torch.testing.assert_close(scores[1, 0], scores[4, 3], rtol=1e-6, atol=0)
-    assert abs(scores[1, 0] - scores[4, 0]) > 1e-3
-    assert torch.equal(turned[0], q)
-    first = torch.stack((q[0] * torch.cos(torch.tensor(2.0)) - q[8] * torch.sin(torch.tensor(2.0)),))
-    torch.testing.assert_close(turned[2, :1], first, rtol=1e-6, atol=1e-7)
+
+
+def test_transformer_plus_plus_by_hand():
+    """Positions turn pairs of channels as complex numbers, in queries and keys; one token and one head at a time."""
+    block, x = TransformerPlusPlus(16, 2).double(), torch.randn(1, 5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+
+    def rms(z, weight):
+        return z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    def turned(z, t):  # one head's 8 channels at position t
+        angles = torch.tensor([t * 10_000.0 ** (-2 * j / 8) for j in range(4)], dtype=torch.float64)
+        c = torch.complex(z[:4], z[4:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((c.real, c.imag))
+
+    q, k, v = (rms(x[0], block.norm1.weight) @ block.qkv.weight.T).view(5, 3, 2, 8).unbind(1)
+    rows = []
+    for t in range(5):
+        parts = []
+        for n in range(2):
+            scores = torch.stack([turned(q[t, n], t) @ turned(k[s, n], s) / 8**0.5 for s in range(t + 1)])
+            parts.append(scores.softmax(0) @ v[: t + 1, n])
+        rows.append(torch.cat(parts))
+    h = x[0] + torch.stack(rows) @ block.proj.weight.T
+    gate, up = (rms(h, block.norm2.weight) @ block.gate.weight.T).chunk(2, -1)
+    out = h + (gate * gate.sigmoid() * up) @ block.down.weight.T
+    torch.testing.assert_close(block(x)[0], out, rtol=1e-5, atol=1e-6)
 
 
 def test_readout_is_found():
