@@ -336,7 +336,8 @@ def everything(data: str) -> dict[str, Case]:
             cases[title(method)] = Case(data, "vit_tiny", method, blocks=4, **VIT | own)
         elif method != "bp":
             cases[title(method)] = Case(data, "resnet32", method, **own)
-    return {name: replace(case, model_option=NARROW[case.model], **augmented) for name, case in cases.items()}
+    short = {"train": 3_000, "test": 3_000, "epochs": 4, "batch_size": 32}
+    return {name: replace(case, model_option=NARROW[case.model], **short, **augmented) for name, case in cases.items()}
 
 
 def title(method: str) -> str:
