@@ -43,12 +43,13 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.scale = scale
+        ctx.save_for_backward(scale)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * ctx.scale.to(grads[0].dtype), None
+        (scale,) = ctx.saved_tensors
+        return grads[0] * scale.to(grads[0].dtype), None
 
 
 class CompanionHead(nn.Module):
@@ -73,9 +74,12 @@ class CompanionHead(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.off = NoHead()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled backward would take it anew, from the next step
     def decay(self, dtype: torch.dtype) -> Tensor | None:
-        """The factor of this step, 0-dim on the device; None for one. The first step is number 1."""
+        """Counts a step in training and returns its factor, 0-dim on the device; None for one. The first is number 1."""
         o = self.options
+        if self.training:
+            self.step.add_(1)
         if o.decay == "power_inv":
             return (1 + o.localgamma * self.step.to(dtype)).pow(-o.localpower)
         if o.decay == "linear":
@@ -87,8 +91,6 @@ class CompanionHead(nn.Module):
         o = self.options
         if not o.companions:
             return self.off(h, ctx)
-        if self.training:
-            self.step.add_(1)
         dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         decay = self.decay(dtype)
         x = self.flatten(h)

@@ -245,6 +245,22 @@ def test_a_step_that_fails_takes_the_counter_back():
     assert [head.step.item() for head in model.heads] == [1, 1]
 
 
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_compiled_heads_decay_forward_and_backward_alike(mode):
+    head = DSN(mode, localgamma=0.5).head(site((8,))).double()
+    other = copy.deepcopy(head)
+    other.compile(backend="aot_eager", dynamic=False)
+    h, target = torch.randn(4, 8, dtype=torch.float64), torch.randint(5, (4,))
+    for _ in range(3):
+        found = []
+        for each in (head, other):
+            x = h.clone().requires_grad_()
+            each.zero_grad()
+            each(x, StepContext(target, h, cross_entropy)).loss.backward()
+            found.append([x.grad, each.linear.weight.grad, each.linear.bias.grad, each.step.clone()])
+        torch.testing.assert_close(found[1], found[0])
+
+
 def test_the_repository_s_output_loss():
     model, batches = localize(criterion=squared_hinge_loss), data()
     _, losses = three_ways(model, batches)
