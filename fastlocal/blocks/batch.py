@@ -53,11 +53,19 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unpacked | None
     return None
 
 
+# What Hugging Face calls the input of a network, beside which masks and positions may stand in any order.
+_MAIN = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
+
+
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in a nest of tuples, lists and mappings, depth first."""
+    """The first tensor in a nest of tuples, lists and mappings, depth first; in a mapping, the network's main input."""
     if isinstance(value, Tensor):
         return value
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    if isinstance(value, Mapping):
+        items: Any = sorted(value, key=lambda key: _MAIN.index(key) if key in _MAIN else len(_MAIN))
+        items = [value[key] for key in items]
+    else:
+        items = value if isinstance(value, tuple | list) else ()
     for item in items:
         found = first_tensor(item)
         if found is not None:

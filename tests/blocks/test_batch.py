@@ -65,6 +65,14 @@ def test_first_tensor_goes_depth_first() -> None:
     assert first_tensor(("text", None, 3)) is None
 
 
+def test_in_a_mapping_the_main_input_comes_first_wherever_it_stands() -> None:
+    mask = torch.ones(4, 3)
+    assert first_tensor({"attention_mask": mask, "input_ids": X}) is X
+    assert first_tensor(((), {"bool_masked_pos": mask, "pixel_values": X})) is X
+    assert first_tensor({"attention_mask": mask, "input_ids": None, "inputs_embeds": X}) is X
+    assert first_tensor({"b": Y, "a": X}) is Y
+
+
 def test_good_targets() -> None:
     check_target(Y, 3, 4, dims=1)
     check_target(torch.tensor([0, -100]), 3, 2, dims=1)  # ignored
