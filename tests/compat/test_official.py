@@ -122,6 +122,20 @@ def test_moves_take_the_constants_of_the_heads_along():
     assert all(t.is_meta for t in (*meta.local.parameters(), *meta.local.buffers()))
 
 
+def test_maps_are_channels_last_on_a_cpu_only():
+    network, (x, y) = small().double(), batch()
+    assert network.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    seen = []
+    network.layer2[0].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    grads = one_step(network, x.double(), y)[2]
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    twin = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # who wants the other layout gets it
+    assert twin.layer1[0].conv1.weight.is_contiguous()
+    for name, g in one_step(twin, x.double(), y)[2].items():
+        torch.testing.assert_close(grads[name], g, rtol=1e-8, atol=1e-9, msg=name)
+    assert all(p.is_contiguous() for p in network.to("meta").parameters())
+
+
 def test_half_of_the_network_may_be_frozen():
     network, (x, y) = small(), batch()
     network.layer1.requires_grad_(False)
