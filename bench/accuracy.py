@@ -316,9 +316,8 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "dsn": {"option": {"loss": "softmax"}, "lr": 0.01},  # the squared hinge grows without bound at this rate
 }
 VIT: dict[str, Any] = {"optimizer": "adam", "lr": 0.001}
-ODD: dict[str, dict[str, Any]] = {
-    "hpff": {"option": {"patches": 1}}
-}  # where a map has an odd size: 28x28 images have one of 7x7
+# Where a map has an odd size: 28x28 images have one of 7x7.
+ODD: dict[str, dict[str, Any]] = {"hpff": {"option": {"patches": 1}}}
 
 
 def everything(data: str) -> dict[str, Case]:
@@ -336,7 +335,7 @@ def everything(data: str) -> dict[str, Case]:
             cases[title(method)] = Case(data, "vit_tiny", method, blocks=4, **VIT | own)
         elif method != "bp":
             cases[title(method)] = Case(data, "resnet32", method, **own)
-    short = {"train": 3_000, "test": 3_000, "epochs": 4, "batch_size": 32}
+    short: dict[str, Any] = {"train": 3_000, "test": 3_000, "epochs": 4, "batch_size": 32}
     return {name: replace(case, model_option=NARROW[case.model], **short, **augmented) for name, case in cases.items()}
 
 
