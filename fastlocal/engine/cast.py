@@ -29,7 +29,17 @@ class CastWeights:
     """
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, alive: int = 1):
-        self._slots = [[slot for slot in block.parameter_slots() if _casts(slot)] for block in blocks]
+        written = {  # while the block is inside: the copy would be written in their place
+            (id(slot.module), slot.key)
+            for block in blocks
+            for link in block.links
+            if link.when == "between_forward_and_backward"
+            for slot in link.frozen
+        }
+        self._slots = [
+            [slot for slot in block.parameter_slots() if _casts(slot) and (id(slot.module), slot.key) not in written]
+            for block in blocks
+        ]
         self._dtype = dtype
         self._scratch: list[Tensor | None] = [None] * alive
         self._lows: dict[int, list[Tensor]] = {}

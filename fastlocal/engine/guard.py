@@ -21,7 +21,8 @@ class Guard:
     Args:
         blocks: in order.
         device: where the flags live.
-        together: one flagged block takes all buffers back (``update="end"``).
+        together: one flagged block takes all buffers back (``update="end"``), and the averages, which else move even where
+            their block is skipped.
 
     Attributes:
         found: this step's flags, one 0-dim float32 view per block, 1 where something was not finite.
@@ -40,7 +41,7 @@ class Guard:
         self._slots = [
             (slot, k)
             for k, block in enumerate(blocks)
-            for slot in (*block.buffer_slots(), *(s for link in block.links for s in link.frozen))
+            for slot in (*block.buffer_slots(), *(s for link in block.links for s in link.frozen if together))
         ]
         self._copies = self._make_copies(self._live())
 

@@ -139,8 +139,9 @@ def test_a_group_of_micro_batches_moves_the_averages_once() -> None:
     assert close(averages(model), wanted)
 
 
-def test_low_precision_weights_are_not_what_is_averaged() -> None:
-    model = build(dtype=torch.float32)
+@pytest.mark.parametrize("when", ["after_backward", "between_forward_and_backward"])
+def test_low_precision_weights_are_not_what_is_averaged(when: str) -> None:
+    model = build(when, dtype=torch.float32)
     engine = fl.Engine(model, sgd, precision="bf16-mixed")
     for step in range(2):
         wanted = expected(model)
