@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import zlib
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,6 +266,15 @@ def test_initial_values_follow_the_official_distributions():
             bound = m.in_features**-0.5
             assert 0.9 * bound < m.weight.abs().max().item() <= bound, name
     assert any(isinstance(m, nn.Conv2d) and m.bias is not None for m in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks", "counts"), [(3, 13, {3: 6, 2: 6}), (5, 50, {5: 12, 4: 25, 3: 12}), (0, 5, {1: 4})]
+)
+def test_depth_of_the_heads_falls_as_officially(depth, blocks, counts):
+    recipe = auglocal.Auxiliary(depth=depth, pyramid=True, pyramid_coeff=0.5)
+    depths = [recipe.depth_at(SimpleNamespace(index=i, blocks=blocks)) for i in range(blocks - 1)]
+    assert Counter(depths) == counts and depths == sorted(depths, reverse=True)
 
 
 def test_layouts():
