@@ -49,6 +49,6 @@ def train_step(model: LocalModel, batch: Any, optimizer: torch.optim.Optimizer) 
 
     output = model.run(args, kwargs, train_block)
     losses.append(model.final_loss(output, target))
-    backward(len(losses) - 1, sum(losses) if model.summed else losses[-1])
+    backward(len(losses) - 1, torch.stack(losses).sum() if model.summed else losses[-1])
     optimizer.step()
     return [loss.detach() for loss in losses]
