@@ -225,7 +225,7 @@ def test_summary() -> None:
     model = hooked()
     text = model.summary()
     lines = text.splitlines()
-    assert lines[0] == "DGL(mode='paper', head='dgl') on TorchvisionStyleResNet, 4 blocks, cut by hooks"
+    assert lines[0] == "DGL(mode='paper', head='dgl', init='torch') on TorchvisionStyleResNet, 4 blocks, cut by hooks"
     assert [line.split()[0] for line in lines[1:-1]] == ["block", "0", "1", "2", "3"]
     for k, name, boundary in (
         (0, "layer1", "4x4x4"),
