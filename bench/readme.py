@@ -105,6 +105,9 @@ def _launches(cost: dict[str, Any]) -> int:
     return cost["gradients"] + cost["optimizer"] + cost["safety"]
 
 
+LONG_RUN = 5  # rounds from which a run has a table of its own
+
+
 def step_time_part(root: Path) -> str:
     path = root / "bench" / "results" / "step_time.jsonl"
     if not path.exists():
@@ -115,7 +118,30 @@ def step_time_part(root: Path) -> str:
         command = _step_time_command(record["case"])
         latest.pop(command, None)  # the newest of a command stands, in the order of recording
         latest[command] = record
-    return "\n\n".join(_step_time_table(command, record) for command, record in latest.items())
+    long = [_step_time_table(*item) for item in latest.items() if item[1]["case"]["rounds"] >= LONG_RUN]
+    short = {command: record for command, record in latest.items() if record["case"]["rounds"] < LONG_RUN}
+    return "\n\n".join([*long, _short_runs(short)] if short else long)
+
+
+def _short_runs(latest: dict[str, dict[str, Any]]) -> str:
+    """One table of runs too short for one of their own: speed against the official code (the plain loop where there is none)."""
+    names = [name for name in next(iter(latest.values()))["seconds"] if name.startswith("fastlocal")]
+    rows = [["run", "rounds", "base", "ms a step", *names]]
+    for command, record in latest.items():
+        times = {name: statistics.median(seconds) for name, seconds in record["seconds"].items()}
+        base = OFFICIAL if OFFICIAL in times else PLAIN
+        case = record["case"]
+        rows.append(
+            [
+                f"`{command.partition('--model ')[2].partition(' --rounds')[0]}`",
+                str(case["rounds"]),
+                base.partition(",")[0],
+                f"{1000 * times[base]:,.0f}",
+                *(f"{times[base] / times[name]:.2f}" for name in names),
+            ]
+        )
+    head = "Shorter runs of `python -m fastlocal.bench.step_time --model ...`, speed against the base in fp32 and NCHW:\n\n"
+    return head + table(rows)
 
 
 def _step_time_command(case: dict[str, Any]) -> str:

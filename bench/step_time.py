@@ -93,7 +93,7 @@ def rival(method: str, blocks: int, options: dict[str, Any]) -> Rival:
     if method in ("auglocal", "dgl", "predsim") or (method, options.get("loss")) == ("infopro", "cross_entropy"):
         rule, config = {
             "auglocal": ("AugLocal", "unifSamp"), "dgl": ("DGL", "DGL"), "predsim": ("PredSim", "PredSim"),
-            "infopro": ("InfoPro", "1c2f"),
+            "infopro": ("InfoPro", "InfoPro"),
         }[method]  # fmt: skip
         own = {"local_module_num": blocks - depth, "rule": rule, "aux_net_config": config, "aux_net_depth": depth}
         weights = (5.0, 0.05, 0.2, 0.5) if method == "infopro" else (0, 1, 0, 1)
