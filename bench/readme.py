@@ -105,7 +105,7 @@ def _launches(cost: dict[str, Any]) -> int:
     return cost["gradients"] + cost["optimizer"] + cost["safety"]
 
 
-LONG_RUN = 5  # rounds from which a run has a table of its own
+LONG_RUN = 3  # rounds from which a run has a table of its own
 
 
 def step_time_part(root: Path) -> str:

@@ -326,6 +326,14 @@ def test_parts_are_written_from_records(recorded: Path) -> None:
     assert "--option depth=3 --batch 64 --rounds 3 --threads 2 --official DIR`" in text
 
 
+def test_runs_of_two_rounds_share_a_table(recorded: Path) -> None:
+    path = recorded / "bench" / "results" / "step_time.jsonl"
+    path.write_text(path.read_text().replace('"rounds": 3', '"rounds": 2'))
+    text = readme.fill(page_of("step_time"), recorded)
+    assert text.count("| run | rounds | base |") == 1 and "speed against the plain loop" not in text
+    assert "--option depth=3 --batch 64` | 2 | official code | 6,000 | 3.00 |" in text
+
+
 def test_another_record_is_another_page(recorded: Path) -> None:
     before = readme.fill(page_of("demo", "ledger"), recorded)
     path = recorded / "bench" / "results" / "demo.json"
