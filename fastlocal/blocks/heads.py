@@ -24,15 +24,15 @@ from fastlocal.ops.pool_linear_cross_entropy import pool_linear_cross_entropy
 
 
 class ClassifierHead(nn.Module):
-    """The task loss of class scores that ``net`` computes from the boundary activation; one term, ``"task"``."""
+    """The task loss of class scores that ``net`` computes from the boundary activation, times ``weight``; one term, ``"task"``."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.weight = net, weight
 
     def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
-        loss, scores = task_loss(self.net, h, ctx)
-        return LocalLoss.of(("task", loss, 1.0), **scores)
+        loss, scores = task_loss(self.net, h, ctx, self.weight)
+        return LocalLoss.of_weighted(("task", loss, self.weight), **scores)
 
 
 def task_loss(net: nn.Module, h: Tensor, ctx: StepContext, grad_scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal import models
-from fastlocal.blocks.heads import ClassifierHead, InfoProHead, PredSimHead, Upsample, task_loss
+from fastlocal.blocks.heads import ClassifierHead, InfoProHead, PredSimHead, Upsample
 from fastlocal.blocks.losses import cross_entropy
 from fastlocal.blocks.types import LocalLoss, StepContext
 from fastlocal.engine.localize import localize
@@ -188,6 +188,14 @@ def register(owner: nn.Module, net: nn.Module, *names: str) -> None:
         owner.add_module(name, net.get_submodule(name))
 
 
+def encoders(net: nn.Module, names: Sequence[str], cuts: Sequence[str]) -> nn.ModuleList:
+    """The ``Encoder_Net`` of MAN and its descendants: the residual units once more, block by block; a cut after the stem is none."""
+    ends = [*(k for k in map(names.index, cuts) if k > 0), len(names) - 1]
+    starts = [1, *(end + 1 for end in ends[:-1])]
+    blocks = [[net.get_submodule(name) for name in names[a : b + 1]] for a, b in zip(starts, ends)]
+    return nn.ModuleList([nn.Sequential(*units) for units in blocks])
+
+
 def holder(**children: nn.Module) -> nn.Module:
     """A module without a forward that stands for an official one: a name for its children."""
     module = nn.Module()
@@ -278,28 +286,15 @@ def imagenet_backbone(
     norm_layer: Callable[[int], nn.Module] | None = None,
 ) -> models.ResNet:
     """An ImageNet ResNet or ResNeXt, with norms made by ``norm_layer``. Raises ArgumentError for groups of a BasicBlock."""
-    net = models.ResNet(block, layers, num_classes=num_classes)
-    if (groups, width_per_group) != (1, 64):
-        if block is not Bottleneck:
-            raise ArgumentError("groups, width_per_group: a BasicBlock has 1 and 64")
-        for unit in [m for m in net.modules() if isinstance(m, Bottleneck)]:
-            _widen(unit, groups, width_per_group)
+    if (groups, width_per_group) != (1, 64) and block is not Bottleneck:
+        raise ArgumentError("groups, width_per_group: a BasicBlock has 1 and 64")
+    net = models.ResNet(block, layers, num_classes=num_classes, groups=groups, width_per_group=width_per_group)
     if norm_layer is not None:
         for parent in list(net.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     parent.add_module(name, norm_layer(child.num_features))
     return net
-
-
-def _widen(unit: Bottleneck, groups: int, width_per_group: int) -> None:
-    """Makes the inside of a bottleneck that of a ResNeXt."""
-    planes, channels = unit.conv1.out_channels, unit.conv1.in_channels
-    width = int(planes * (width_per_group / 64)) * groups
-    stride = unit.conv2.stride
-    unit.conv1, unit.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
-    unit.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=groups, bias=False)  # type: ignore[arg-type]
-    unit.bn2, unit.conv3 = nn.BatchNorm2d(width), nn.Conv2d(width, planes * unit.expansion, 1, bias=False)
 
 
 def init_residuals(net: nn.Module) -> None:
@@ -321,7 +316,6 @@ class TaskHead(ClassifierHead):
 
     def __init__(self, net: nn.Module, *, keep: bool = False) -> None:
         super().__init__(net)
-        self.weight = 1.0
         self.keep = keep
         self.scores: Tensor | None = None
 
@@ -330,8 +324,7 @@ class TaskHead(ClassifierHead):
             logits = self.net(h)
             self.scores = logits.detach()
             return LocalLoss.of(("task", cross_entropy(logits, ctx.target), self.weight), logits=logits)
-        loss, scores = task_loss(self.net, h, ctx)
-        return LocalLoss.of(("task", loss, self.weight), **scores)
+        return super().forward(h, ctx)
 
     def take_scores(self) -> Tensor | None:
         """The class scores of the latest step, once."""

@@ -22,6 +22,7 @@ from fastlocal.compat._official import (
     OfficialNetwork,
     cut,
     decoder_layout,
+    encoders,
     holder,
     imagenet_backbone,
     in_layout,
@@ -357,14 +358,6 @@ def cascade_cuts(
             f"{', '.join(map(str, sorted({1, *known})))} local modules"
         )
     return known[blocks] or list(names[1:-1])
-
-
-def encoders(net: nn.Module, names: Sequence[str], cuts: Sequence[str]) -> nn.ModuleList:
-    """The official ``Encoder_Net``: the residual units once more, block by block."""
-    ends = [*(names.index(name) for name in cuts), len(names) - 1]
-    starts = [1, *(end + 1 for end in ends[:-1])]
-    blocks = [[net.get_submodule(name) for name in names[a : b + 1]] for a, b in zip(starts, ends)]
-    return nn.ModuleList([nn.Sequential(*units) for units in blocks])
 
 
 def site_at(net: models.ResNetCIFAR | models.ResNet, names: Sequence[str], name: str, image_size: int) -> Site:

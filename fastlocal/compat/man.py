@@ -23,6 +23,7 @@ from fastlocal.compat._official import (
     OfficialNetwork,
     cut,
     decoder_layout,
+    encoders,
     holder,
     imagenet_backbone,
     in_layout,
@@ -116,7 +117,7 @@ class InfoProResNet(OfficialNetwork):
         self.fc = nn.Linear(64, class_num)  # not used
         self.fc64 = net.fc
         self._register_heads(local, _Places(net, recipe, image_size, class_num))
-        self.Encoder_Net = encoders(net, names, cuts)
+        self.Encoder_Net = encoders(net, names, [names[k] for k in cuts])
         init_convs_and_norms(self)
         self._runs(local)
 
@@ -249,7 +250,7 @@ class ResNet(OfficialNetwork):
         local = cut(net, recipe, cuts, 224)
         stages = [f"layer{stage}" for stage in (1, 2, 3, 4)]
         register(self, net, "conv1", "bn1", "relu", "maxpool", *stages, "avgpool", "fc")
-        self.Encoder_Net = encoders(net, names, [names.index(name) for name in cuts])
+        self.Encoder_Net = encoders(net, names, cuts)
         register_copies(self, local.heads, scaled=recipe.scaled)
         for name, head in zip(cuts, heads_by_place(local).values()):
             decoder, classifier = infopro_chains(head)
@@ -396,11 +397,3 @@ def register_copies(owner: nn.Module, heads: Iterable[nn.Module], *, scaled: boo
     owner.add_module("EMA_Net", nn.ModuleList([fusion.ema for fusion in fusions]))
     if scaled:
         owner.add_module("ema_s", nn.ParameterList([fusion.scale for fusion in fusions]))
-
-
-def encoders(net: nn.Module, names: Sequence[str], cuts: Sequence[int]) -> nn.ModuleList:
-    """The official ``Encoder_Net``: the residual units once more, block by block."""
-    ends = [*(c for c in cuts if c > 0), len(names) - 1]
-    starts = [1, *(e + 1 for e in ends[:-1])]
-    units = [nn.Sequential(*(net.get_submodule(n) for n in names[s : e + 1])) for s, e in zip(starts, ends)]
-    return nn.ModuleList(units)

@@ -21,6 +21,7 @@ from fastlocal.blocks.losses import cross_entropy
 from fastlocal.compat._official import (
     OfficialNetwork,
     cut,
+    encoders,
     holder,
     imagenet_backbone,
     in_layout,
@@ -31,7 +32,7 @@ from fastlocal.compat._official import (
     stem_width,
     unit_names,
 )
-from fastlocal.compat.hpff import cascade_cuts, encoders, known_cuts, site_at
+from fastlocal.compat.hpff import cascade_cuts, known_cuts, site_at
 from fastlocal.engine.model import LocalModel
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import Site
@@ -267,7 +268,7 @@ def _alone(recipe: MLAAN, site: Site) -> list[nn.Module]:
 
 
 def _last(head: Any) -> nn.Module:
-    """The linear layer of a `TaskHead`."""
+    """The linear layer of a `ClassifierHead`."""
     return head.net[-1]  # type: ignore[no-any-return]
 
 

@@ -21,7 +21,7 @@ from fastlocal.blocks.heads import (
 from fastlocal.blocks.losses import full_precision
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import LocalLoss, Method, Site, StepContext, check_choice, check_number, register
-from fastlocal.methods.infopro import CONFIGS, NORMALISATION, _numbers
+from fastlocal.methods.infopro import CONFIGS, NORMALISATION, check_lam, check_normalisation
 from fastlocal.methods.lopt import Embedding
 
 FEATURE_WIDTH = 32  # of the convolution inside a decoder of features, as in cvlab-stonybrook/local_learning_wsi
@@ -114,14 +114,10 @@ class FeatureReconstruction(Method):
         check_choice("dataset", o.dataset, NORMALISATION)
         check_number("feature_dim", o.feature_dim, low=1, integer=True)
         check_number("temperature", o.temperature, low=1e-4)
-        o.lam = _numbers("lam", o.lam, (2, 4), "(lambda1, lambda2) or their values at the first and at the last head")
-        if min(o.lam) <= 0:
+        check_lam(o)
+        if min(o.lam) == 0:
             raise ArgumentError(f"lam: got {o.lam}; give weights above 0")
-        for name in ("mean", "std"):
-            if getattr(o, name) is not None:
-                setattr(o, name, _numbers(name, getattr(o, name), (1, 2, 3, 4), "one per image channel"))
-        if o.std is not None and min(o.std) <= 0:
-            raise ArgumentError(f"std: got {o.std}; give positive numbers")
+        check_normalisation(o)
 
     def resolve(self, sites: list[Site]) -> None:
         self._shapes = [site.shape for site in sites]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -160,16 +160,8 @@ class InfoPro(Method):
         check_number("feature_dim", o.feature_dim, low=1, integer=True)
         check_number("temperature", o.temperature, low=1e-4)
         if o.lam is not None:
-            o.lam = _numbers(
-                "lam", o.lam, (2, 4), "(lambda1, lambda2) or their values at the first and at the last head"
-            )
-            if min(o.lam) < 0:
-                raise ArgumentError(f"lam: got {o.lam}; give weights of at least 0")
-        for name in ("mean", "std"):
-            if getattr(o, name) is not None:
-                setattr(o, name, _numbers(name, getattr(o, name), (1, 2, 3, 4), "one per image channel"))
-        if o.std is not None and min(o.std) <= 0:
-            raise ArgumentError(f"std: got {o.std}; give positive numbers")
+            check_lam(o)
+        check_normalisation(o)
 
     def cuts(self, blocks: int, unit_names: list[str], net: nn.Module) -> list[int] | None:
         o = self.options
@@ -288,6 +280,22 @@ class InfoPro(Method):
             2 if grow else 1,
             [int(o.feature_dim * o.widen)] * (linears - 1) + [out],
         )
+
+
+def check_lam(o: Any) -> None:
+    """Makes the option ``lam`` of ``o`` a tuple of floats. Raises ArgumentError."""
+    o.lam = _numbers("lam", o.lam, (2, 4), "(lambda1, lambda2) or their values at the first and at the last head")
+    if min(o.lam) < 0:
+        raise ArgumentError(f"lam: got {o.lam}; give weights of at least 0")
+
+
+def check_normalisation(o: Any) -> None:
+    """Makes the options ``mean`` and ``std`` of ``o``, where given, tuples of floats. Raises ArgumentError."""
+    for name in ("mean", "std"):
+        if getattr(o, name) is not None:
+            setattr(o, name, _numbers(name, getattr(o, name), (1, 2, 3, 4), "one per image channel"))
+    if o.std is not None and min(o.std) <= 0:
+        raise ArgumentError(f"std: got {o.std}; give positive numbers")
 
 
 def _numbers(name: str, values: Sequence[float], lengths: Sequence[int], what: str) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from fastlocal.blocks.links import EMALink, Link
 from fastlocal.blocks.man import FusedHead, Fusion, classifier_net_deep, decoder_net_deep, shape_after
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import Method, Site, check_choice, check_number, register
-from fastlocal.methods.infopro import BALANCED_CUTS, CONFIGS, NORMALISATION, _numbers
+from fastlocal.methods.infopro import BALANCED_CUTS, CONFIGS, NORMALISATION, check_lam, check_normalisation
 from fastlocal.methods.infopro import CUTS as INFOPRO_CUTS
 from fastlocal.ops.modules import FusedSequential
 
@@ -125,15 +125,8 @@ class MAN(Method):
         if o.lam is not None:
             if o.head == "dgl":
                 raise ArgumentError(f"lam: got {o.lam}, but head='dgl' has one loss, of weight 1; leave lam out")
-            what = "(lambda1, lambda2) or their values at the first and at the last head"
-            o.lam = _numbers("lam", o.lam, (2, 4), what)
-            if min(o.lam) < 0:
-                raise ArgumentError(f"lam: got {o.lam}; give weights of at least 0")
-        for name in ("mean", "std"):
-            if getattr(o, name) is not None:
-                setattr(o, name, _numbers(name, getattr(o, name), (1, 2, 3, 4), "one per image channel"))
-        if o.std is not None and min(o.std) <= 0:
-            raise ArgumentError(f"std: got {o.std}; give positive numbers")
+            check_lam(o)
+        check_normalisation(o)
         self.k = 0  # the published K, see resolve
 
     def prepare(self, blocks: int, units: int) -> int:

@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastlocal.blocks.heads import AvgPool, CascadeHead, FusedSequential, NoHead, conv_bn_relu, init_convs, task_loss
+from fastlocal.blocks.heads import (
+    AvgPool,
+    CascadeHead,
+    ClassifierHead,
+    FusedSequential,
+    NoHead,
+    conv_bn_relu,
+    init_convs,
+)
 from fastlocal.blocks.links import EMALink, Link
 from fastlocal.blocks.man import Fusion, shape_after, twin
-from fastlocal.blocks.types import LocalLoss, StepContext
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import Method, Site, check_choice, check_number, refuse_dense_images, register
 from fastlocal.methods.hpff import check_stream_weights, published_cuts, stem_joined, stream_passes
@@ -145,8 +152,8 @@ class MLAAN(Method):
             shape = shape_after(unit, shape)
         own = None
         if self.independent:
-            own = TaskHead(FusedSequential(*self._convs(site), *_readout(site, site.shape)), o.wx)
-        return CascadeHead(own, TaskHead(FusedSequential(*units, *_readout(site, shape)), o.wy))
+            own = ClassifierHead(FusedSequential(*self._convs(site), *_readout(site, site.shape)), o.wx)
+        return CascadeHead(own, ClassifierHead(FusedSequential(*units, *_readout(site, shape)), o.wy))
 
     def chain(self, site: Site) -> list[nn.Module]:
         """The units of the backbone that the auxiliary network of a block is made like."""
@@ -190,18 +197,6 @@ class MLAAN(Method):
                 fusion: Any = head.shared.net[0]  # type: ignore[union-attr, index]
                 links.append(EMALink.of(site.index, self.chain(site)[0], fusion.ema, decay))
         return links
-
-
-class TaskHead(nn.Module):
-    """The task loss, times ``weight``, of class scores that ``net`` computes; one term, ``"task"``."""
-
-    def __init__(self, net: nn.Module, weight: float) -> None:
-        super().__init__()
-        self.net, self.weight = net, weight
-
-    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
-        loss, scores = task_loss(self.net, h, ctx, self.weight)
-        return LocalLoss.of_weighted(("task", loss, self.weight), **scores)
 
 
 def _readout(site: Site, shape: tuple[int, ...]) -> list[nn.Module]:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 import fastlocal as fl
 from fastlocal import models
-from fastlocal.blocks.heads import CascadeHead, NoHead
+from fastlocal.blocks.heads import CascadeHead, ClassifierHead, NoHead
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import Method
 from fastlocal.methods.hpff import stream_passes
-from fastlocal.methods.mlaan import TaskHead
 from fastlocal.ops._dispatch import as_on_gpu
 from fastlocal.ops.modules import AvgPool, FusedSequential
 from fastlocal.reference import train_step
@@ -41,7 +40,7 @@ class Windowed(Method):
         def one(weight: float) -> nn.Module:
             width = site.shape[0] if len(site.shape) == 3 else site.shape[-1]
             pool = [AvgPool()] if len(site.shape) > 1 else []
-            return TaskHead(FusedSequential(*pool, nn.Linear(width, site.num_classes)), weight)
+            return ClassifierHead(FusedSequential(*pool, nn.Linear(width, site.num_classes)), weight)
 
         return CascadeHead(one(0.3) if "o" in kinds else None, one(0.7) if "s" in kinds else None)
 
