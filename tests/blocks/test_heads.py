@@ -410,3 +410,13 @@ def test_a_scaled_gradient_leaves_the_value():
     y = losses.scaled_gradient(x * x, 0.25)
     (first,) = torch.autograd.grad(y, x, create_graph=True)
     assert y == 9 and first == 1.5 and torch.autograd.grad(first, x)[0] == 0.5
+
+
+def test_the_weight_of_a_classifier_head_is_in_its_loss_and_in_its_gradients():
+    ctx = StepContext(target=torch.tensor([0, 2, 1]), input=None, criterion=losses.cross_entropy)
+    net, h = nn.Linear(4, 3), torch.randn(3, 4, requires_grad=True)
+    plain, weighted = heads.ClassifierHead(net)(h, ctx), heads.ClassifierHead(net, weight=0.25)(h, ctx)
+    assert weighted.terms["task"][1] == 0.25
+    torch.testing.assert_close(weighted.loss, 0.25 * plain.loss)
+    for wanted, got in zip(*(torch.autograd.grad(local.loss, [h, net.weight]) for local in (plain, weighted))):
+        torch.testing.assert_close(got, 0.25 * wanted)
