@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "bn_act.h"
+#include "graph_executor.h"
 #include "scheduler.h"
 
 namespace py = pybind11;
@@ -67,6 +68,32 @@ void bn_act_backward(Address dy, Address x, Address y, Address dx, Address dresi
   fastlocal::bn_act_backward(p);
 }
 
+// --- captured graphs: handles and streams cross as addresses ---------------------------------------------------------
+
+using Segments = std::vector<std::tuple<std::string, Address, std::int64_t, std::vector<std::int64_t>>>;
+
+std::unique_ptr<fastlocal::RoundExecutor> round_executor(std::shared_ptr<fastlocal::CudaRuntime> runtime,
+                                                         const Segments& segments, bool composed) {
+  std::vector<fastlocal::Segment> list;
+  for (const auto& [name, graph, stream, waits] : segments) list.push_back({name, graph, stream, waits});
+  return composed ? fastlocal::compose(std::move(runtime), list) : fastlocal::stream_loop(std::move(runtime), list);
+}
+
+void bind_graph_executor(py::module_& module) {
+  using fastlocal::CudaRuntime;
+  using fastlocal::RoundExecutor;
+  py::class_<CudaRuntime, std::shared_ptr<CudaRuntime>>(module, "CudaRuntime")
+      .def(py::init(&CudaRuntime::find), py::arg("library"), py::arg("loaded"))
+      .def_property_readonly("version", &CudaRuntime::version);
+  py::class_<RoundExecutor>(module, "RoundExecutor")
+      .def(py::init(&round_executor), py::arg("runtime"), py::arg("segments"), py::arg("composed"))
+      .def("upload", &RoundExecutor::upload, py::arg("stream"), py::call_guard<py::gil_scoped_release>())
+      .def("launch", &RoundExecutor::launch, py::arg("stream"), py::call_guard<py::gil_scoped_release>())
+      .def("close", &RoundExecutor::close)
+      .def_property_readonly("nodes", &RoundExecutor::nodes)
+      .def_property_readonly("edges", &RoundExecutor::edges);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -76,4 +103,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("bn_act_forward", &bn_act_forward);
   module.def("bn_act_backward", &bn_act_backward);
   module.def("shares_openmp", &fastlocal::shares_openmp);
+  bind_graph_executor(module);
 }
