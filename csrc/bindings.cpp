@@ -40,6 +40,33 @@ py::tuple schedule(const Doubles& cost, const Integers& bytes_made, const Intege
                         result.operations);
 }
 
+py::tuple pipeline(const Doubles& cost, const Integers& bytes_made, const Integers& bytes_freed, const Integers& edges,
+                   const Integers& group, const Integers& pinned, std::int64_t streams, std::int64_t in_flight,
+                   std::optional<std::int64_t> memory_budget, const std::vector<std::string>& names) {
+  const py::ssize_t size = cost.size();
+  if (cost.ndim() != 1 || edges.ndim() != 2 || edges.shape(1) != 3)
+    throw std::invalid_argument("cost must have one dimension and edges the shape (edges, 3)");
+  for (const Integers* array : {&bytes_made, &bytes_freed, &group, &pinned})
+    if (array->ndim() != 1 || array->size() != size)
+      throw std::invalid_argument("bytes_made, bytes_freed, group and pinned must have one entry per cost");
+  const auto costs = cost.unchecked<1>();
+  const auto made = bytes_made.unchecked<1>(), freed = bytes_freed.unchecked<1>();
+  const auto triples = edges.unchecked<2>();
+  std::vector<fastlocal::Task> tasks(size);
+  for (py::ssize_t i = 0; i < size; ++i) tasks[i] = {costs(i), made(i), freed(i)};
+  std::vector<fastlocal::Dependency> dependencies(edges.shape(0));
+  for (py::ssize_t e = 0; e < edges.shape(0); ++e) dependencies[e] = {triples(e, 0), triples(e, 1), triples(e, 2)};
+  const std::vector<std::int64_t> groups(group.data(), group.data() + size), pins(pinned.data(), pinned.data() + size);
+
+  fastlocal::Pipeline result;
+  {
+    py::gil_scoped_release release;
+    result = fastlocal::pipeline(tasks, dependencies, groups, pins, streams, in_flight, memory_budget, names);
+  }
+  return py::make_tuple(result.order, result.stage, result.stream, result.start, result.waits, result.period,
+                        result.in_flight, result.peak_bytes, result.pools, result.operations);
+}
+
 // Tensors cross as addresses: no torch headers here. fastlocal/ops/bn_act.py checks shapes, dtypes and layouts.
 using Address = std::uintptr_t;
 
@@ -100,6 +127,9 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "Native part of fastlocal; use it through fastlocal.engine._native.";
   module.def("schedule", &schedule, py::arg("cost"), py::arg("bytes_made"), py::arg("bytes_freed"), py::arg("edges"),
              py::arg("streams"), py::arg("memory_budget"), py::arg("names"));
+  module.def("pipeline", &pipeline, py::arg("cost"), py::arg("bytes_made"), py::arg("bytes_freed"), py::arg("edges"),
+             py::arg("group"), py::arg("pinned"), py::arg("streams"), py::arg("in_flight"), py::arg("memory_budget"),
+             py::arg("names"));
   module.def("bn_act_forward", &bn_act_forward);
   module.def("bn_act_backward", &bn_act_backward);
   module.def("shares_openmp", &fastlocal::shares_openmp);

@@ -382,4 +382,857 @@ Schedule schedule(const std::vector<Task>& tasks, const std::vector<Edge>& edges
   return result;
 }
 
+// ---- Software pipelining -----------------------------------------------------------------------------------------
+
+namespace {
+
+using Index = std::int32_t;
+using Indices = std::vector<Index>;
+
+constexpr std::int64_t kSteady = 6;              // rotations tried for each depth of a large plan
+constexpr std::int64_t kLocalTasks = 1000;       // plans up to this size are searched locally
+constexpr std::int64_t kLocalEffort = 2'000'000;  // tasks and edges visited by that search
+
+// A step's tasks and the dependencies that can bind with so many steps in flight; its groups as units, where a task
+// without a group is a unit of its own.
+struct Problem {
+  const std::vector<Task>& tasks;
+  Index size, streams, depth;
+  Indices first, to, distance;                    // dependencies of i: [first[i] .. first[i + 1])
+  Indices came_first, came_from, came_distance;  // the same by their second task
+  Indices topological, place;                     // by least index; and where each task stands in it
+  Indices unit, pin;                              // unit of each task; stream of each unit, or -1
+  std::vector<double> load;                       // of each unit
+  Indices units_in_order;                         // by the place of their first task
+  double bound = 0;                               // no period is shorter
+  std::int64_t operations = 0;
+};
+
+// A legal stage for every task, and one round of them played through time.
+struct Round {
+  Indices stage, stream, order;
+  std::vector<double> start;
+  double period = std::numeric_limits<double>::infinity();
+};
+
+bool shorter(double a, double b) { return a < b * (1 - 1e-9); }
+
+Index depth_of(const Indices& stage) { return stage.empty() ? 1 : 1 + *std::max_element(stage.begin(), stage.end()); }
+
+bool better(const Round& a, const Round& b) {
+  if (shorter(a.period, b.period) || shorter(b.period, a.period)) return a.period < b.period;
+  return depth_of(a.stage) < depth_of(b.stage);
+}
+
+// Raises stages until s(first) <= s(second) + distance for every dependency, as little as possible. `from` lists the
+// tasks to begin with.
+void raise_to_legal(Problem& problem, Indices& stage, Indices from) {
+  std::vector<bool> queued(problem.size);
+  for (const Index task : from) queued[task] = true;
+  for (std::size_t at = 0; at < from.size(); ++at) {
+    const Index task = from[at];
+    queued[task] = false;
+    for (Index e = problem.first[task]; e < problem.first[task + 1]; ++e, ++problem.operations) {
+      const Index after = problem.to[e], least = stage[task] - problem.distance[e];
+      if (stage[after] >= least) continue;
+      stage[after] = least;
+      if (!queued[after]) queued[after] = true, from.push_back(after);
+    }
+  }
+}
+
+// Lowers stages, in the same way.
+void lower_to_legal(Problem& problem, Indices& stage, Indices from) {
+  for (std::size_t at = 0; at < from.size(); ++at)
+    for (Index e = problem.came_first[from[at]]; e < problem.came_first[from[at] + 1]; ++e, ++problem.operations) {
+      const Index before = problem.came_from[e], most = stage[from[at]] + problem.came_distance[e];
+      if (stage[before] <= most) continue;
+      stage[before] = most;
+      from.push_back(before);
+    }
+}
+
+// Numbers the stages in use from 0. That stays legal and makes no dependency bind that did not.
+void close_gaps(Indices& stage) {
+  if (stage.empty()) return;
+  const Index least = *std::min_element(stage.begin(), stage.end());
+  const Index most = *std::max_element(stage.begin(), stage.end());
+  Indices number(most - least + 2, 0);
+  for (const Index s : stage) number[s - least + 1] = 1;
+  std::partial_sum(number.begin(), number.end(), number.begin());
+  for (Index& s : stage) s = number[s - least];
+}
+
+// Stages from cutting the sequential order, or the units in that order, into `depth` pieces of equal cost.
+Indices cut(Problem& problem, Index depth, bool whole_units) {
+  Indices stage(problem.size, 0);
+  if (depth > 1) {
+    const double total = std::accumulate(problem.load.begin(), problem.load.end(), 0.0);
+    double before = 0;
+    auto piece = [&](double cost) {
+      const double middle = before + cost / 2;
+      before += cost;
+      return total > 0 ? std::min<Index>(depth - 1, static_cast<Index>(middle / total * depth)) : 0;
+    };
+    if (whole_units) {
+      Indices of_unit(problem.load.size());
+      for (const Index unit : problem.units_in_order) of_unit[unit] = piece(problem.load[unit]);
+      for (Index i = 0; i < problem.size; ++i) stage[i] = of_unit[problem.unit[i]];
+    } else {
+      for (const Index task : problem.topological) stage[task] = piece(problem.tasks[task].cost);
+    }
+    raise_to_legal(problem, stage, problem.topological);
+    close_gaps(stage);
+  }
+  return stage;
+}
+
+// A stream for every unit: pieces of the sequential order of equal cost, or the longest unit first to the stream with
+// the least to do.
+Indices streams_in_pieces(const Problem& problem) {
+  Indices stream = problem.pin;
+  const double total = std::accumulate(problem.load.begin(), problem.load.end(), 0.0);
+  double before = 0;
+  for (const Index unit : problem.units_in_order) {
+    const double middle = before + problem.load[unit] / 2;
+    before += problem.load[unit];
+    if (stream[unit] < 0)
+      stream[unit] =
+          total > 0 ? std::min<Index>(problem.streams - 1, static_cast<Index>(middle / total * problem.streams)) : 0;
+  }
+  return stream;
+}
+
+Indices streams_longest_first(Problem& problem) {
+  Indices stream = problem.pin, by_load = problem.units_in_order;
+  std::stable_sort(by_load.begin(), by_load.end(), [&](Index a, Index b) {
+    return ++problem.operations, problem.load[a] > problem.load[b];
+  });
+  std::vector<double> loads(problem.streams, 0);
+  for (const Index unit : by_load)
+    if (stream[unit] >= 0) loads[stream[unit]] += problem.load[unit];
+  using Load = std::pair<double, Index>;
+  std::priority_queue<Load, std::vector<Load>, std::greater<Load>> least;
+  for (Index s = 0; s < problem.streams; ++s) least.emplace(loads[s], s);
+  for (const Index unit : by_load) {
+    if (stream[unit] >= 0) continue;
+    const auto [load, s] = least.top();
+    least.pop(), ++problem.operations;
+    stream[unit] = s;
+    least.emplace(load + problem.load[unit], s);
+  }
+  return stream;
+}
+
+// Plays rounds through time. A stream that is idle takes the ready task of the greatest urgency, ties by index; a unit
+// without a stream gets that of its first task.
+class Player {
+ public:
+  explicit Player(Problem& problem)
+      : problem_(problem), open_(problem.size), follows_(problem.size), urgency_(problem.size), own_(problem.streams) {}
+
+  // Longest path of costs from each task to the end of the round.
+  const std::vector<double>& critical_path(const Indices& stage) {
+    for (const Index task : downstream(stage)) {
+      double ahead = 0;
+      for (Index e = problem_.first[task]; e < problem_.first[task + 1]; ++e, ++problem_.operations)
+        if (binds(stage, task, e)) ahead = std::max(ahead, urgency_[problem_.to[e]]);
+      urgency_[task] = ahead + problem_.tasks[task].cost;
+    }
+    return urgency_;
+  }
+
+  // `room` is what a budget leaves to one round; without a budget `way_out` is null.
+  void play(const Indices& stage, Indices stream_of_unit, const std::vector<double>& urgency, Round& out,
+            std::int64_t room = kMost, WayOut* way_out = nullptr) {
+    const Index size = problem_.size;
+    stream_of_unit_ = std::move(stream_of_unit);
+    out.stage = stage;
+    out.stream.assign(size, -1);
+    out.start.assign(size, 0);
+    out.order.clear();
+    out.period = 0;
+    std::fill(open_.begin(), open_.end(), 0);
+    std::fill(follows_.begin(), follows_.end(), -1);
+    for (Index u = 0; u < size; ++u)
+      for (Index e = problem_.first[u]; e < problem_.first[u + 1]; ++e) open_[problem_.to[e]] += binds(stage, u, e);
+    problem_.operations += size + static_cast<std::int64_t>(problem_.to.size());
+    for (auto& heap : own_) heap.clear();
+    unassigned_.clear();
+    running_.clear();
+    idle_.assign(problem_.streams, true);
+    busy_ = 0;
+    for (Index i = 0; i < size; ++i)
+      if (open_[i] == 0) add(i, urgency);
+    double now = 0;
+    while (true) {
+      while (!running_.empty() && running_.front().first <= now) {
+        const Index task = running_.front().second;
+        std::pop_heap(running_.begin(), running_.end(), std::greater<Ending>());
+        running_.pop_back();
+        idle_[out.stream[task]] = true, --busy_;
+        room += problem_.tasks[task].bytes_freed;
+        for (Index e = problem_.first[task]; e < problem_.first[task + 1]; ++e, ++problem_.operations)
+          if (binds(stage, task, e) && --open_[problem_.to[e]] == 0) {
+            follows_[problem_.to[e]] = out.stream[task];
+            add(problem_.to[e], urgency);
+          }
+      }
+      const Index task = busy_ < problem_.streams ? pick(out, room, way_out, urgency) : -1;
+      if (task >= 0) {
+        Index& stream = stream_of_unit_[problem_.unit[task]];
+        if (stream < 0) stream = free_stream(follows_[task]);
+        out.stream[task] = stream;
+        out.start[task] = now;
+        out.order.push_back(task);
+        idle_[stream] = false, ++busy_;
+        room -= problem_.tasks[task].bytes_made;
+        if (way_out) way_out->start(task);
+        running_.emplace_back(now + problem_.tasks[task].cost, task);
+        std::push_heap(running_.begin(), running_.end(), std::greater<Ending>());
+      } else if (!running_.empty()) {
+        now = running_.front().first;
+      } else {
+        break;
+      }
+    }
+    if (static_cast<Index>(out.order.size()) < size) throw std::logic_error("the scheduler stopped early");
+    out.period = now;
+  }
+
+  // Takes the tasks in the order of urgency that the dependencies allow, and starts each as soon as what stands before
+  // it has ended. Unlike `play` this can leave a stream idle for a task that is not ready yet.
+  void line_up(const Indices& stage, const Indices& stream_of_unit, const std::vector<double>& urgency, Round& out) {
+    out.stage = stage;
+    out.stream.resize(problem_.size);
+    out.start.assign(problem_.size, 0);
+    out.order.clear();
+    out.period = 0;
+    std::fill(open_.begin(), open_.end(), 0);
+    for (Index u = 0; u < problem_.size; ++u)
+      for (Index e = problem_.first[u]; e < problem_.first[u + 1]; ++e)
+        open_[problem_.to[e]] += binds(stage, u, e);
+    problem_.operations += problem_.size + static_cast<std::int64_t>(problem_.to.size());
+    unassigned_.clear();
+    for (Index i = 0; i < problem_.size; ++i)
+      if (open_[i] == 0) push(unassigned_, i, urgency);
+    free_at_.assign(problem_.streams, 0);
+    while (!unassigned_.empty()) {
+      const Index task = pop(unassigned_);
+      const Index stream = stream_of_unit[problem_.unit[task]];
+      const double start = std::max(out.start[task], free_at_[stream]), end = start + problem_.tasks[task].cost;
+      out.stream[task] = stream;
+      out.start[task] = start;
+      out.order.push_back(task);
+      free_at_[stream] = end;
+      out.period = std::max(out.period, end);
+      for (Index e = problem_.first[task]; e < problem_.first[task + 1]; ++e, ++problem_.operations)
+        if (binds(stage, task, e)) {
+          const Index after = problem_.to[e];
+          out.start[after] = std::max(out.start[after], end);
+          if (--open_[after] == 0) push(unassigned_, after, urgency);
+        }
+    }
+    std::stable_sort(out.order.begin(), out.order.end(), [&](Index a, Index b) { return out.start[a] < out.start[b]; });
+  }
+
+  const Indices& stream_of_unit() const { return stream_of_unit_; }  // as the last `play` left it
+
+ private:
+  using Urgent = std::pair<double, Index>;  // urgency, minus the index
+  using Ending = std::pair<double, Index>;
+
+  bool binds(const Indices& stage, Index task, Index e) const {
+    return stage[task] == stage[problem_.to[e]] + problem_.distance[e];
+  }
+
+  // Tasks so that each stands before those that it waits for inside a round: along a dependency that binds the stage
+  // falls, and where it stays equal the distance is 0.
+  const Indices& downstream(const Indices& stage) {
+    begin_.assign(depth_of(stage) + 1, 0);
+    for (const Index s : stage) ++begin_[s + 1];
+    std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
+    downstream_.resize(problem_.size);
+    for (auto at = problem_.topological.rbegin(); at != problem_.topological.rend(); ++at)
+      downstream_[begin_[stage[*at]]++] = *at;
+    return downstream_;
+  }
+
+  void push(std::vector<Urgent>& heap, Index task, const std::vector<double>& urgency) {
+    heap.emplace_back(urgency[task], -task);
+    std::push_heap(heap.begin(), heap.end());
+    ++problem_.operations;
+  }
+  Index pop(std::vector<Urgent>& heap) {
+    const Index task = -heap.front().second;
+    std::pop_heap(heap.begin(), heap.end());
+    heap.pop_back();
+    ++problem_.operations;
+    return task;
+  }
+  void add(Index task, const std::vector<double>& urgency) {
+    const Index stream = stream_of_unit_[problem_.unit[task]];
+    push(stream < 0 ? unassigned_ : own_[stream], task, urgency);
+  }
+
+  Index free_stream(Index wished) const {
+    if (wished >= 0 && idle_[wished]) return wished;
+    return static_cast<Index>(std::find(idle_.begin(), idle_.end(), true) - idle_.begin());
+  }
+
+  // The heap with the most urgent task that an idle stream may take; null if there is none.
+  std::vector<Urgent>* best(const Round& out, const std::vector<double>& urgency) {
+    std::vector<Urgent>* found = nullptr;
+    auto consider = [&](std::vector<Urgent>& heap) {
+      while (!heap.empty() && out.stream[-heap.front().second] >= 0) pop(heap);  // it started as the way out
+      if (!heap.empty() && (!found || heap.front() > found->front())) found = &heap;
+    };
+    while (!unassigned_.empty()) {  // units that got a stream in the meantime
+      const Index task = -unassigned_.front().second;
+      if (stream_of_unit_[problem_.unit[task]] < 0) break;
+      pop(unassigned_);
+      add(task, urgency);
+    }
+    for (Index s = 0; s < problem_.streams; ++s, ++problem_.operations)
+      if (idle_[s]) consider(own_[s]);
+    consider(unassigned_);
+    return found;
+  }
+
+  Index pick(const Round& out, std::int64_t room, WayOut* way_out, const std::vector<double>& urgency) {
+    Index taken = -1;
+    passed_.clear();
+    while (auto* heap = best(out, urgency)) {
+      const Index task = pop(*heap);
+      if (!way_out || (problem_.tasks[task].bytes_made <= room && way_out->allows(task))) {
+        taken = task;
+        break;
+      }
+      passed_.push_back(task);
+      if (passed_.size() >= kTries) break;  // enough: many ready tasks, none of which fits
+    }
+    for (const Index task : passed_) add(task, urgency);
+    if (taken < 0 && !passed_.empty()) {
+      const auto head = static_cast<Index>(way_out->head());
+      const Index stream = stream_of_unit_[problem_.unit[head]];
+      if (open_[head] == 0 && (stream < 0 || idle_[stream]) && problem_.tasks[head].bytes_made <= room) taken = head;
+    }
+    return taken;
+  }
+
+  Problem& problem_;
+  Indices open_, follows_, stream_of_unit_, begin_, downstream_, passed_;
+  std::vector<double> urgency_, free_at_;
+  std::vector<std::vector<Urgent>> own_;  // ready tasks of each stream
+  std::vector<Urgent> unassigned_;        // ready tasks of units without a stream
+  std::vector<Ending> running_;
+  std::vector<bool> idle_;
+  Index busy_ = 0;
+};
+
+// Pseudo-random numbers that are the same everywhere (splitmix64).
+class Dice {
+ public:
+  Index below(Index limit) {
+    std::uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return static_cast<Index>((z ^ (z >> 31)) % static_cast<std::uint64_t>(limit));
+  }
+
+ private:
+  std::uint64_t state_ = 0;
+};
+
+class Search {
+ public:
+  explicit Search(Problem& problem) : problem_(problem), player_(problem) {
+    for (Index task = 0; task < problem.size; ++task) index_rule_.push_back(-problem.place[task]);
+  }
+
+  // The best round found for each depth tried, from the least on.
+  std::vector<Round> run() {
+    const double enough = problem_.bound * (problem_.size > kLocalTasks ? 1.001 : 1 + 1e-9);
+    std::vector<Index> depths;
+    for (Index d = 1; d <= problem_.depth; d += d < 4 ? 1 : d / 2) depths.push_back(d);
+    if (depths.back() < problem_.depth) depths.push_back(problem_.depth);
+    std::vector<Round> found;
+    for (const Index depth : depths) {
+      best_ = Round();
+      bool stop = false;
+      auto attempt = [&](const Indices& stage, const Indices& streams, bool by_index = false) {
+        if (stop) return;
+        const auto& urgency = by_index ? index_rule_ : player_.critical_path(stage);
+        player_.play(stage, streams, urgency, trial_);
+        if (better(trial_, best_)) std::swap(best_, trial_);
+        stop = best_.period <= enough;
+      };
+      auto attempts = [&](const Indices& stage) {
+        if (problem_.streams == 1) return attempt(stage, problem_.pin, depth == 1);
+        attempt(stage, streams_in_pieces(problem_));
+        attempt(stage, streams_longest_first(problem_));
+        attempt(stage, problem_.pin);
+      };
+      attempts(cut(problem_, depth, true));
+      if (depth > 1) attempts(cut(problem_, depth, false));
+      if (problem_.streams > 1) {
+        rotate(depth, attempt);
+        if (problem_.size <= kLocalTasks && !stop) local(depth, kLocalEffort / static_cast<std::int64_t>(depths.size()), enough);
+      }
+      found.push_back(best_);
+      if (best_.period <= enough) break;
+    }
+    return found;
+  }
+
+ private:
+  // Retimes the tasks of the first part of the best round to the end of the round before: all that a dependency binds
+  // to stand before them is among them.
+  template <class Attempt>
+  void rotate(Index depth, Attempt attempt) {
+    if (depth == 1) return;
+    constexpr double kParts[kSteady] = {0.5, 0.25, 0.75, 0.125, 0.375, 0.0625};
+    for (const double part : kParts) {
+      Indices stage = best_.stage, streams = streams_of(best_);
+      for (Index task = 0; task < problem_.size; ++task) stage[task] -= best_.start[task] < part * best_.period;
+      close_gaps(stage);
+      if (depth_of(stage) <= depth) attempt(stage, streams);
+    }
+  }
+
+  Indices streams_of(const Round& round) const {
+    Indices streams(problem_.load.size(), 0);
+    for (Index task = 0; task < problem_.size; ++task) streams[problem_.unit[task]] = round.stream[task];
+    return streams;
+  }
+
+  // Small random changes of stages, streams and urgencies; those that make the round no longer are kept.
+  void local(Index depth, std::int64_t effort, double enough) {
+    const std::int64_t end = problem_.operations + effort;
+    const double scale = best_.period > 0 ? best_.period : 1;
+    Indices stage, streams, here_stage, here_streams, movable;
+    for (Index u = 0; u < static_cast<Index>(problem_.pin.size()); ++u)
+      if (problem_.pin[u] < 0) movable.push_back(u);
+    std::vector<double> bias, here_bias(problem_.size, 0), urgency;
+    double here = 0;
+    Index quiet = 0;
+    const Index patience = 50 + 4 * problem_.size;
+    auto restart = [&] {
+      here_stage = best_.stage, here_streams = streams_of(best_), here = best_.period, quiet = 0;
+      std::fill(here_bias.begin(), here_bias.end(), 0);
+    };
+    restart();
+    while (problem_.operations < end && best_.period > enough) {
+      stage = here_stage, streams = here_streams, bias = here_bias;
+      for (Index moves = 1 + dice_.below(3); moves > 0; --moves) {
+        const Index task = dice_.below(problem_.size);
+        switch (dice_.below(depth > 1 ? 4 : 3)) {
+          case 0:
+            bias[task] = scale * (dice_.below(65) - 32) / 32;
+            break;
+          case 1:
+            if (!movable.empty()) streams[movable[dice_.below(static_cast<Index>(movable.size()))]] = dice_.below(problem_.streams);
+            break;
+          case 2:
+            if (!movable.empty()) {
+              const Index a = movable[dice_.below(static_cast<Index>(movable.size()))];
+              const Index b = movable[dice_.below(static_cast<Index>(movable.size()))];
+              std::swap(streams[a], streams[b]);
+            }
+            break;
+          default:
+            if (dice_.below(2)) {
+              ++stage[task];
+              raise_to_legal(problem_, stage, {task});
+            } else {
+              --stage[task];
+              lower_to_legal(problem_, stage, {task});
+            }
+            close_gaps(stage);
+        }
+      }
+      if (depth_of(stage) > depth) {
+        ++problem_.operations;
+        continue;
+      }
+      urgency = player_.critical_path(stage);
+      for (Index task = 0; task < problem_.size; ++task) urgency[task] += bias[task];
+      player_.play(stage, streams, urgency, trial_);
+      if (problem_.size <= 64) {
+        player_.line_up(stage, streams, urgency, second_);
+        if (shorter(second_.period, trial_.period)) std::swap(trial_, second_);
+      }
+      const double period = trial_.period;
+      if (better(trial_, best_)) std::swap(best_, trial_), quiet = 0;
+      if (period <= here) {
+        here = period;
+        here_stage.swap(stage), here_streams.swap(streams), here_bias.swap(bias);
+      }
+      if (++quiet > patience) restart();
+    }
+  }
+
+  Problem& problem_;
+  Player player_;
+  Dice dice_;
+  Round best_, trial_, second_;
+  std::vector<double> index_rule_;
+};
+
+// Most bytes alive at any dispatch of a full round, the steps that are in flight counted. Rounds that leave tasks out
+// have no more: what each step has alive at a time does not depend on the other steps, and is never negative, which is
+// checked. -1 if `check` is false and it were negative.
+std::int64_t peak_of(Problem& problem, const Plan& plan, const Round& round, bool check) {
+  const Index depth = depth_of(round.stage);
+  std::vector<std::int64_t> alive(depth + 1, 0);  // of the step whose tasks of this stage run now
+  for (Index i = 0; i < problem.size; ++i)
+    alive[round.stage[i] + 1] += problem.tasks[i].bytes_made - problem.tasks[i].bytes_freed;
+  std::partial_sum(alive.begin(), alive.end(), alive.begin());
+  std::int64_t total = std::accumulate(alive.begin(), alive.end() - 1, std::int64_t{0}), peak = 0;
+  using Ending = std::pair<double, Index>;  // end, position in the order
+  std::priority_queue<Ending, std::vector<Ending>, std::greater<Ending>> running;
+  auto end = [&](Index task) {
+    const std::int64_t freed = problem.tasks[task].bytes_freed;
+    if (check && freed > alive[round.stage[task]])
+      refuse("bytes_freed of ", plan.label(task), " is ", freed, ", but only ", alive[round.stage[task]],
+             " bytes of its step are alive when it ends; free only what it or its predecessors made");
+    alive[round.stage[task]] -= freed, total -= freed;
+  };
+  for (Index at = 0; at < problem.size; ++at, ++problem.operations) {
+    const Index task = round.order[at];
+    for (; !running.empty() && running.top().first <= round.start[task]; running.pop()) end(round.order[running.top().second]);
+    alive[round.stage[task]] += problem.tasks[task].bytes_made, total += problem.tasks[task].bytes_made;
+    peak = std::max(peak, total);
+    running.emplace(round.start[task] + problem.tasks[task].cost, at);
+  }
+  for (; !running.empty(); running.pop()) end(round.order[running.top().second]);
+  return peak;
+}
+
+// Bytes that a round of these stages finds alive when it begins.
+std::int64_t carried(const Problem& problem, const Indices& stage) {
+  const Index depth = depth_of(stage);
+  std::int64_t bytes = 0;
+  for (Index i = 0; i < problem.size; ++i)
+    bytes += (depth - 1 - stage[i]) * (problem.tasks[i].bytes_made - problem.tasks[i].bytes_freed);
+  return bytes;
+}
+
+// For every task: what it waits for on other streams. A wait may be dropped if it is implied in every round in which
+// both tasks run. Fewest tasks run beside them in a round that has just the stages between theirs; so each pair of
+// stages that a dependency joins is looked at on its own, with the last task of every stream known to have ended.
+std::vector<std::vector<std::int64_t>> waits_of(Problem& problem, const Round& round, Index streams) {
+  std::vector<std::vector<std::int64_t>> waits(problem.size);
+  Indices at(problem.size);
+  std::vector<Indices> by_stage(depth_of(round.stage));
+  for (Index p = 0; p < problem.size; ++p) {
+    at[round.order[p]] = p;
+    by_stage[round.stage[round.order[p]]].push_back(p);
+  }
+  std::set<std::pair<Index, Index>> pairs;
+  for (Index u = 0; u < problem.size; ++u)
+    for (Index e = problem.first[u]; e < problem.first[u + 1]; ++e) {
+      const Index v = problem.to[e];
+      if (round.stage[u] == round.stage[v] + problem.distance[e] && round.stream[u] != round.stream[v])
+        pairs.emplace(round.stage[v], round.stage[u]);
+    }
+  Indices ended, row(problem.size, -1), run, before;
+  for (const auto& [least, most] : pairs) {
+    run.clear();
+    for (Index s = least; s <= most; ++s) run.insert(run.end(), by_stage[s].begin(), by_stage[s].end());
+    std::sort(run.begin(), run.end());
+    ended.assign(run.size() * streams, -1);
+    Indices last(streams, -1);  // row of the last task of each stream so far
+    for (Index r = 0; r < static_cast<Index>(run.size()); ++r) {
+      const Index v = round.order[run[r]], own = round.stream[v];
+      const auto mine = ended.begin() + static_cast<std::ptrdiff_t>(r) * streams;
+      if (last[own] >= 0)
+        std::copy_n(ended.begin() + static_cast<std::ptrdiff_t>(last[own]) * streams, streams, mine);
+      before.clear();
+      for (Index e = problem.came_first[v]; e < problem.came_first[v + 1]; ++e, ++problem.operations) {
+        const Index u = problem.came_from[e];
+        if (round.stage[u] == round.stage[v] + problem.came_distance[e] && round.stage[u] <= most &&
+            round.stream[u] != own)
+          before.push_back(at[u]);
+      }
+      std::sort(before.rbegin(), before.rend());
+      for (const Index p : before) {
+        const Index u = round.order[p], stream = round.stream[u];
+        if (mine[stream] >= p) continue;
+        if (round.stage[v] == least && round.stage[u] == most) waits[v].push_back(u);
+        const auto theirs = ended.begin() + static_cast<std::ptrdiff_t>(row[u]) * streams;
+        for (Index s = 0; s < streams; ++s, ++problem.operations) mine[s] = std::max(mine[s], theirs[s]);
+      }
+      mine[own] = run[r];
+      row[v] = last[own] = r;
+    }
+  }
+  for (auto& list : waits) std::sort(list.begin(), list.end());
+  return waits;
+}
+
+// Colours the lives of the groups of each stream, which are arcs on the circle of its round.
+std::vector<std::int64_t> pools_of(Problem& problem, const Round& round, const std::vector<std::int64_t>& group,
+                                   std::int64_t groups, Index streams) {
+  struct Life {
+    Index group, from, last;  // positions in the round of its stream
+    std::int64_t steps;       // borders of rounds between them
+  };
+  std::vector<std::int64_t> pools(groups, 0);
+  std::vector<Index> length(streams, 0), place(problem.size), first(groups, -1), last(groups, -1);
+  auto sooner = [&](Index a, Index b) {
+    return std::make_pair(round.stage[a], place[a]) < std::make_pair(round.stage[b], place[b]);
+  };
+  for (const Index task : round.order) {
+    place[task] = length[round.stream[task]]++;
+    if (group[task] < 0) continue;
+    Index &f = first[group[task]], &l = last[group[task]];
+    if (f < 0 || sooner(task, f)) f = task;
+    if (l < 0 || sooner(l, task)) l = task;
+  }
+  std::vector<std::vector<Life>> lives(streams);
+  for (Index g = 0; g < groups; ++g)
+    if (first[g] >= 0)
+      lives[round.stream[first[g]]].push_back(
+          {g, place[first[g]], place[last[g]], round.stage[last[g]] - round.stage[first[g]]});
+  std::int64_t used = 0;
+  for (Index s = 0; s < streams; ++s) {
+    // Positions before which the fewest lives are open: there the circle is cut.
+    std::vector<Life> arcs;
+    std::vector<std::int64_t> open(length[s] + 1, 0);
+    for (const Life& life : lives[s]) {
+      if (life.steps > 1 || (life.steps == 1 && life.last >= life.from)) {
+        pools[life.group] = used++;  // it lives all the time
+        continue;
+      }
+      arcs.push_back(life);
+      // It is open before positions from + 1 ... last, round the circle.
+      if (life.steps == 0) {
+        ++open[life.from + 1], --open[life.last + 1];
+      } else {
+        ++open[life.from + 1], --open[length[s]];
+        ++open[0], --open[life.last + 1];
+      }
+      problem.operations += 4;
+    }
+    if (arcs.empty()) continue;
+    std::partial_sum(open.begin(), open.end(), open.begin());
+    const auto cut = static_cast<Index>(std::min_element(open.begin(), open.end() - 1) - open.begin());
+    auto turned = [&](Index position) { return position >= cut ? position - cut : position - cut + length[s]; };
+    for (Life& life : arcs) life.from = turned(life.from), life.last = turned(life.last);
+    std::sort(arcs.begin(), arcs.end(), [](const Life& a, const Life& b) { return a.from < b.from; });
+    // A life across the cut has a pool of its own, which others may use between its end and its beginning.
+    std::set<std::pair<Index, std::int64_t>> until;  // where a pool free now is taken again
+    std::vector<std::pair<Index, std::pair<Index, std::int64_t>>> taken;  // end, then what `until` gets
+    for (const Life& life : arcs)
+      if (life.from > life.last) {
+        pools[life.group] = used;
+        taken.emplace_back(life.last, std::make_pair(life.from, used++));
+      }
+    std::make_heap(taken.begin(), taken.end(), std::greater<>());
+    for (const Life& life : arcs) {
+      if (life.from > life.last) continue;
+      for (; !taken.empty() && taken.front().first < life.from; taken.pop_back()) {
+        until.insert(taken.front().second);
+        std::pop_heap(taken.begin(), taken.end(), std::greater<>());
+      }
+      auto pool = until.upper_bound({life.last, kNever});
+      std::pair<Index, std::int64_t> which{length[s], used};
+      if (pool != until.end())
+        which = *pool, until.erase(pool);
+      else
+        ++used;
+      pools[life.group] = which.second;
+      taken.emplace_back(life.last, which);
+      std::push_heap(taken.begin(), taken.end(), std::greater<>());
+      ++problem.operations;
+    }
+  }
+  return pools;
+}
+
+}  // namespace
+
+Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>& edges,
+                  const std::vector<std::int64_t>& group, const std::vector<std::int64_t>& pinned,
+                  std::int64_t streams, std::int64_t in_flight, std::optional<std::int64_t> memory_budget,
+                  const std::vector<std::string>& names) {
+  if (streams < 1) refuse("streams is ", streams, "; give at least 1");
+  if (in_flight < 1) refuse("in_flight is ", in_flight, "; give at least 1");
+  if (memory_budget && *memory_budget < 0) refuse("memory_budget is ", *memory_budget, "; it must not be negative");
+  const auto size = static_cast<std::int64_t>(tasks.size());
+  if (size >= std::numeric_limits<Index>::max() / 2 || edges.size() >= std::numeric_limits<Index>::max() / 2)
+    refuse("there are ", size, " tasks and ", edges.size(), " edges; give fewer than ",
+           std::numeric_limits<Index>::max() / 2, " of each");
+  std::vector<Edge> same_step;
+  for (std::size_t e = 0; e < edges.size(); ++e) {
+    const auto& [first, second, distance] = edges[e];
+    if (first < 0 || first >= size || second < 0 || second >= size)
+      refuse("edges[", e, "] = (", first, ", ", second, ", ", distance, ") is out of range; there are ", size,
+             " tasks, counted from 0");
+    if (distance < 0)
+      refuse("edges[", e, "] = (", first, ", ", second, ", ", distance,
+             ") has a negative distance; a task can need only its own step or an earlier one");
+    if (distance == 0) same_step.emplace_back(first, second);
+  }
+  Plan plan(tasks, same_step, names);
+  plan.path_ahead();  // finds cycles
+
+  const auto most_streams = static_cast<Index>(std::min(streams, std::max<std::int64_t>(size, 1)));
+  Problem problem{tasks, static_cast<Index>(size), 1, static_cast<Index>(std::clamp<std::int64_t>(in_flight, 1, std::max<std::int64_t>(size, 1))),
+                  {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  std::int64_t made = 0, freed = 0, groups = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    made += tasks[i].bytes_made;
+    if (tasks[i].bytes_freed > kMost - freed) refuse("bytes_freed adds up to more than ", kMost);
+    freed += tasks[i].bytes_freed;
+    if (group[i] < -1 || group[i] >= size)
+      refuse("group of ", plan.label(i), " is ", group[i], "; give -1 (none) or a number below that of the tasks, ",
+             size);
+    if (pinned[i] < -1 || pinned[i] >= streams)
+      refuse("pinned of ", plan.label(i), " is ", pinned[i], "; give -1 (any stream) or a stream below streams=",
+             streams);
+    groups = std::max(groups, group[i] + 1);
+  }
+  if (made != freed)
+    refuse("bytes_made adds up to ", made, " and bytes_freed to ", freed,
+           "; a step must free all that it makes, else memory grows with every step");
+  if (made > kMost / problem.depth)
+    refuse("bytes_made adds up to more than ", kMost / problem.depth, " for in_flight=", problem.depth);
+  problem.operations = size + static_cast<std::int64_t>(edges.size());
+
+  // Dependencies, packed. One that reaches further back than the steps in flight never binds.
+  problem.first.assign(size + 1, 0);
+  problem.came_first.assign(size + 1, 0);
+  for (const auto& [first, second, distance] : edges)
+    if (distance < problem.depth) ++problem.first[first + 1], ++problem.came_first[second + 1];
+  std::partial_sum(problem.first.begin(), problem.first.end(), problem.first.begin());
+  std::partial_sum(problem.came_first.begin(), problem.came_first.end(), problem.came_first.begin());
+  const Index kept = problem.first[size];
+  problem.to.resize(kept), problem.distance.resize(kept);
+  problem.came_from.resize(kept), problem.came_distance.resize(kept);
+  Indices out(problem.first.begin(), problem.first.end() - 1), in(problem.came_first.begin(), problem.came_first.end() - 1);
+  for (const auto& [first, second, distance] : edges) {
+    if (distance >= problem.depth) continue;
+    const Index o = out[first]++, i = in[second]++;
+    problem.to[o] = static_cast<Index>(second), problem.distance[o] = static_cast<Index>(distance);
+    problem.came_from[i] = static_cast<Index>(first), problem.came_distance[i] = static_cast<Index>(distance);
+  }
+  for (const std::int64_t task : sequential_order(plan, [](std::int64_t task, std::int64_t) { return task; }))
+    problem.topological.push_back(static_cast<Index>(task));
+  problem.place.resize(size);
+  for (Index at = 0; at < problem.size; ++at) problem.place[problem.topological[at]] = at;
+
+  // Units, and their streams as far as they are given. Streams that no task is pinned to are alike, so those beyond the
+  // number of tasks stay unused; the others keep their names by `label`.
+  std::vector<std::int64_t> label;
+  for (const std::int64_t stream : pinned)
+    if (stream >= 0) label.push_back(stream);
+  std::sort(label.begin(), label.end());
+  label.erase(std::unique(label.begin(), label.end()), label.end());
+  {
+    std::vector<std::int64_t> all;
+    std::size_t at = 0;
+    std::int64_t spare = most_streams - static_cast<std::int64_t>(label.size());
+    for (std::int64_t s = 0; static_cast<std::int64_t>(all.size()) < most_streams; ++s) {
+      if (at < label.size() && (label[at] == s || spare == 0))
+        all.push_back(label[at]), s = label[at++];
+      else
+        all.push_back(s), --spare;
+    }
+    label = std::move(all);
+  }
+  problem.streams = most_streams;
+  Indices unit_of_group(groups, -1);
+  problem.unit.assign(size, -1);
+  std::vector<double> loads(most_streams, 0);
+  for (const Index task : problem.topological) {
+    Index& unit = group[task] < 0 ? problem.unit[task] : unit_of_group[group[task]];
+    if (unit < 0) {
+      unit = static_cast<Index>(problem.load.size());
+      problem.load.push_back(0), problem.pin.push_back(-1);
+      problem.units_in_order.push_back(unit);
+    }
+    problem.unit[task] = unit;
+    problem.load[unit] += tasks[task].cost;
+    if (pinned[task] < 0) continue;
+    const auto stream = static_cast<Index>(std::lower_bound(label.begin(), label.end(), pinned[task]) - label.begin());
+    if (problem.pin[unit] >= 0 && problem.pin[unit] != stream)
+      refuse("pinned of ", plan.label(task), " is ", pinned[task], ", but another task of its group ", group[task],
+             " is pinned to ", label[problem.pin[unit]], "; a group runs on one stream");
+    problem.pin[unit] = stream;
+  }
+  for (std::size_t unit = 0; unit < problem.load.size(); ++unit) {
+    problem.bound = std::max(problem.bound, problem.load[unit]);
+    if (problem.pin[unit] >= 0) loads[problem.pin[unit]] += problem.load[unit];
+  }
+  for (const double load : loads) problem.bound = std::max(problem.bound, load);
+  problem.bound = std::max(problem.bound, std::accumulate(problem.load.begin(), problem.load.end(), 0.0) / most_streams);
+
+  std::vector<Round> found = Search(problem).run();
+  Round best;
+  if (!memory_budget) {
+    for (Round& round : found)
+      if (better(round, best)) best = std::move(round);
+  } else {
+    const std::int64_t budget = std::min(*memory_budget, kMost);
+    Player player(problem);
+    Round trial;
+    for (Round& round : found) {
+      const Indices stage = round.stage;
+      Indices streams_of(problem.load.size(), 0);
+      for (Index i = 0; i < problem.size; ++i) streams_of[problem.unit[i]] = round.stream[i];
+      if (peak_of(problem, plan, round, false) <= budget) {
+        if (better(round, best)) best = std::move(round);
+        continue;
+      }
+      // Play the round again under the budget, if some order of its tasks one after another keeps it.
+      const bool one_step = depth_of(stage) == 1;
+      const std::vector<Indices> stages = one_step ? std::vector<Indices>{stage} : std::vector<Indices>{stage, cut(problem, depth_of(stage), true)};
+      for (const Indices& wished : stages) {
+        std::vector<Edge> binding;
+        for (Index u = 0; u < problem.size; ++u)
+          for (Index e = problem.first[u]; e < problem.first[u + 1]; ++e)
+            if (wished[u] == wished[problem.to[e]] + problem.distance[e]) binding.emplace_back(u, problem.to[e]);
+        Plan round_plan(tasks, binding, names);
+        const std::int64_t base = carried(problem, wished);
+        std::vector<std::int64_t> frugal;
+        std::int64_t least = kNever, peak_task = -1;
+        for (auto& order : frugal_orders(round_plan, binding)) {
+          std::int64_t alive = base, peak = 0, where = -1;
+          for (const std::int64_t task : order) {
+            alive += tasks[task].bytes_made;
+            if (alive > peak) peak = alive, where = task;
+            alive -= tasks[task].bytes_freed;
+          }
+          if (peak < least) least = peak, peak_task = where, frugal = std::move(order);
+        }
+        if (least > budget && one_step)
+          refuse("memory_budget of ", budget, " bytes cannot be met: the least that any order tried needs is ", least,
+                 ", at ", plan.label(peak_task), "; give ", least - budget, " bytes more, or use smaller tasks");
+        if (least <= budget)
+          for (const Indices& where : {streams_of, problem.pin}) {
+            WayOut way_out(round_plan, frugal, budget - base);
+            player.play(wished, where, player.critical_path(wished), trial, budget - base, &way_out);
+            if (better(trial, best)) best = trial;
+          }
+        problem.operations += round_plan.operations;
+      }
+    }
+  }
+
+  Pipeline result;
+  result.peak_bytes = peak_of(problem, plan, best, true);
+  result.waits = waits_of(problem, best, most_streams);
+  result.pools = pools_of(problem, best, group, groups, most_streams);
+  result.order.assign(best.order.begin(), best.order.end());
+  result.stage.assign(best.stage.begin(), best.stage.end());
+  for (const Index stream : best.stream) result.stream.push_back(label[stream]);
+  result.start = std::move(best.start);
+  result.period = best.period;
+  result.in_flight = depth_of(best.stage);
+  result.operations = problem.operations + plan.operations;
+  return result;
+}
+
 }  // namespace fastlocal
