@@ -35,6 +35,11 @@ class CopyLink:
 
     when: ClassVar[str] = "before_forward"
     block: ClassVar[int] = -1
+    private: ClassVar[bool] = True
+
+    @property
+    def reads(self) -> tuple[Slot, ...]:
+        return (self.owner,)
 
     @property
     def frozen(self) -> tuple[Slot, ...]:
@@ -65,6 +70,8 @@ class EMALink:
     decay: float
     when: str = "after_backward"
 
+    private: ClassVar[bool] = True
+
     @classmethod
     def of(
         cls, block: int, source: nn.Module, target: nn.Module, decay: float, when: str = "after_backward"
@@ -77,6 +84,10 @@ class EMALink:
                 "a link averages modules of one architecture"
             )
         return cls(block, pairs[0], pairs[1], decay, when)
+
+    @property
+    def reads(self) -> tuple[Slot, ...]:
+        return (*self.sources, *self.targets)
 
     @property
     def frozen(self) -> tuple[Slot, ...]:
@@ -96,7 +107,11 @@ class EMALink:
 
 
 class Link(Protocol):
-    """What `fastlocal.methods.Method.links` returns. ``frozen``: what it writes, which no optimizer may train."""
+    """What `fastlocal.methods.Method.links` returns. ``frozen``: what it writes, which no optimizer may train.
+
+    A link may also say, for schedules that run blocks side by side, which slots it reads (``reads``; without it, it may
+    read any), and that what it writes is read by the block that owns it alone (``private``; without it, by any).
+    """
 
     @property
     def when(self) -> str: ...

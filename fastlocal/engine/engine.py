@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastlocal.blocks.adapters import logits_of
-from fastlocal.blocks.batch import first_tensor, split_call
-from fastlocal.blocks.block import Block, start_backward
-from fastlocal.blocks.cascade import Cascade, Done, leaf, scaled_down
-from fastlocal.blocks.links import fire
+from fastlocal.blocks.batch import split_call
+from fastlocal.blocks.block import start_backward
+from fastlocal.blocks.cascade import leaf, scaled_down
+from fastlocal.blocks.links import Link, fire
 from fastlocal.engine.cast import CastWeights
 from fastlocal.engine.clip import Clip
+from fastlocal.engine.flight import Flight
 from fastlocal.engine.graph import StepGraphs
 from fastlocal.engine.guard import BatchCounts, Guard
 from fastlocal.engine.memory import is_out_of_memory, out_of_memory
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
-from fastlocal.engine.output import Hits, StepOutput, count_targets
+from fastlocal.engine.output import StepOutput, count_targets
+from fastlocal.engine.tasks import StepTasks, Task, sequence
 from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
 from fastlocal.ops import _dispatch
 
@@ -188,6 +190,13 @@ class Engine:
         self._pending: _Pending | None = None
         self._streams_before: list[list[Tensor]] | None = None
         self._at = (0, "forward")  # block and phase that runs, for the report of an exhausted memory
+        self._keeps_inputs = (
+            model.window > 1 or model.method.reads_boundary
+        )  # until the block's head or backward is done
+        self._after = [
+            [task for task in run if task.kind != "free" or self._keeps_inputs]
+            for run in StepTasks(sequence(model, update), []).after()
+        ]
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -263,84 +272,34 @@ class Engine:
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, update: bool, capturing: bool = False
     ) -> StepOutput:
+        """A step in sequence: after every block's forward the tasks that stand between it and the next one's."""
         model = self.model
-        hits = Hits(target, model.criterion)
-        losses: list[Tensor] = []
         last = len(model.blocks) - 1
         self._updated = 0
-
-        cascade = Cascade(model.window) if model.window > 1 else None
-        summed: list[Tensor] = []  # the losses with their graphs, where the method has no border
-        x = first_tensor((args, kwargs))  # of the block that runs
-
-        def train_block(k: int, h: Tensor) -> Tensor:
-            nonlocal x
-            block = model.blocks[k]
-            self._at = (k, "head and backward")
-            if model.summed:
-                local = block.local_loss(h, ctx)
-                summed.append(local.loss)
-                after = h
-            else:
-                with torch.autocast(self.device.type, enabled=False) if self._dtype else nullcontext():
-                    if cascade is None:
-                        local, grad_out = block.local_gradient(h, ctx, self._start(k), self._autocast())
-                        losses.append(local.loss.detach())
-                        block.backward(h, grad_out)
-                        close(block)
-                        after = h.detach()
-                    else:
-                        local, own, shared = block.split_gradients(h, ctx, self._start(k), self._autocast())
-                        losses.append(local.loss.detach())
-                        assert x is not None
-                        close_all(cascade.add(block, x, h, own, shared))
-                        self._fire(block, update)
-                        after = x = leaf(h)
-            hits.add(local.logits, local.correct)
-            if model.method.reads_boundary:
-                ctx.boundary = after
-            self._enter(k + 1)
-            return after
-
-        def close(block: Block) -> None:
-            """The block has its gradients: updates it."""
-            if self._cast:
-                self._cast.leave_block(block.index)
-            if cascade is None or block.index == last:
-                self._fire(block, update)
-            self._finish(block, losses[block.index], update)
-
-        def close_all(done: Iterable[Done]) -> None:
-            for block, h, grad_out in done:
-                block.backward_into(h, grad_out)
-                close(block)
-
         if self._pending is None:
             self._streams_before = None if self._streams is None else list(self._streams)
             self._guard.begin()
         self._batch_counts.begin()
         try:
             ctx = model.context(args, kwargs, target)
+            flight = Flight.of(model, self.steps, (args, kwargs, target), ctx, updates=update)
+
+            def train_block(k: int, h: Tensor) -> Tensor:
+                after = self._hand_off(flight, k, h, self._keeps_inputs)
+                with torch.autocast(self.device.type, enabled=False) if self._dtype else nullcontext():
+                    for task in self._after[k]:
+                        self._do(flight, task)
+                self._enter(k + 1)
+                return after
+
             self._weigh(target, update)
             self._enter(0)
             with model.passes.applied():
                 with self._autocast():
-                    output = model.run(args, kwargs, train_block)
-                    loss = model.final_loss(output, target)
-                losses.extend(part.detach() for part in (*summed, loss))
-                logits = logits_of(output).detach()
-                hits.add(logits)
-                self._at = (last, "backward")
-                model.blocks[last].fire("between_forward_and_backward")
-                start_backward(functools.reduce(torch.add, summed, loss), ctx, self._start(last))
-                if cascade is not None:
-                    down = None if x is None else x.grad
-                    close_all(cascade.finish(scaled_down(down, model.method.final_share)))
-            for block in model.blocks[: last + 1] if model.summed else model.blocks[last:]:
-                close(block)
+                    flight.outputs[last] = model.run(args, kwargs, train_block)
+                for task in self._after[last]:
+                    self._do(flight, task)
             self._leave(last)
-            if update and self.update == "end":
-                self._update_all()
             model.passes.count()
             self._batch_counts.end()
             if update:
@@ -357,9 +316,97 @@ class Engine:
             if is_out_of_memory(error):
                 raise out_of_memory(error, model, *self._at, self.steps, self.device, updated) from error
             raise
-        return StepOutput(
-            self.steps, torch.stack([v.float() if v.dtype.itemsize < 4 else v for v in losses]), logits, hits
-        )
+        return flight.output()
+
+    # --- the tasks of a step -----------------------------------------------------------------------------------------
+
+    def _do(self, flight: Flight, task: Task) -> None:
+        """Runs one task of a step, outside of autocast."""
+        k = task.block
+        self._begin(task.kind, k)
+        if task.kind == "forward":
+            self._forward(flight, k)
+        elif task.kind == "head":
+            self._head(flight, k)
+        elif task.kind == "backward":
+            self._backward(flight, k)
+        elif task.kind == "link":
+            with self._cast.outside() if self._cast else nullcontext():
+                self._fire(flight, task.links)
+        elif task.kind == "update":
+            self._finish(flight, k) if k >= 0 else self._update_all(flight)
+        else:
+            flight.inputs.pop(k + 1, None)
+
+    def _begin(self, kind: str, k: int) -> None:
+        """A task of block k begins."""
+        self._at = (max(k, 0), kind)
+
+    def _forward(self, flight: Flight, k: int) -> None:
+        """Runs the slice of block k; not where the backbone runs itself."""
+        block = self.model.blocks[k]
+        x = flight.args[0] if k == 0 else flight.inputs[k] if self._keeps_inputs else flight.inputs.pop(k)
+        with self._autocast():
+            h = block(x)
+        if k < len(self.model.blocks) - 1:
+            self._hand_off(flight, k, h, True)
+        else:
+            flight.outputs[k] = h
+
+    def _hand_off(self, flight: Flight, k: int, h: Tensor, keep: bool) -> Tensor:
+        """Keeps block k's output for its head and backward; returns the input of the next block, which it may keep too."""
+        flight.outputs[k] = h
+        after = h if self.model.summed else h.detach() if flight.cascade is None else leaf(h)
+        if keep:
+            flight.inputs[k + 1] = after
+        return after
+
+    def _head(self, flight: Flight, k: int) -> None:
+        """The local loss of block k, its own gradients, and the gradient at the block's output."""
+        model, block, h = self.model, self.model.blocks[k], flight.outputs[k]
+        ctx = flight.ctx
+        if k == len(model.blocks) - 1:
+            with self._autocast():
+                loss = model.final_loss(h, flight.target)
+            flight.logits = logits_of(h).detach()
+            flight.hits.add(flight.logits)
+            flight.losses.extend(part.detach() for part in (*flight.summed, loss))
+            flight.outputs[k] = loss
+            block.fire("between_forward_and_backward")
+            return
+        if model.method.reads_boundary:
+            ctx = replace(ctx, boundary=flight.inputs[k] if k else None)
+        if model.summed:
+            with self._autocast():
+                local = block.local_loss(h, ctx)
+            flight.summed.append(local.loss)
+        elif flight.cascade is None:
+            local, flight.owed[k] = block.local_gradient(h, ctx, self._start(k), self._autocast())
+            flight.losses.append(local.loss.detach())
+        else:
+            local, own, shared = block.split_gradients(h, ctx, self._start(k), self._autocast())
+            flight.losses.append(local.loss.detach())
+            flight.take(flight.cascade.add(block, flight.inputs[k], flight.outputs.pop(k), own, shared))
+        flight.hits.add(local.logits, local.correct)
+
+    def _backward(self, flight: Flight, k: int) -> None:
+        """Block k's own backward; its graph is gone then, and its float32 weights have their gradients."""
+        model, block, h = self.model, self.model.blocks[k], flight.outputs.pop(k)
+        if k < len(model.blocks) - 1:
+            if flight.cascade is None:
+                block.backward(h, flight.owed.pop(k))
+            else:
+                block.backward_into(h, flight.owed.pop(k))
+        else:
+            start_backward(functools.reduce(torch.add, flight.summed, h), flight.ctx, self._start(k))
+            flight.summed.clear()
+            if flight.cascade is not None:
+                x = flight.inputs[k]
+                down = None if x is None else x.grad
+                flight.take(list(flight.cascade.finish(scaled_down(down, model.method.final_share))))
+        if self._cast:
+            for j in range(k + 1) if model.summed else (k,):
+                self._cast.leave_block(j)
 
     def _weigh(self, target: Any, update: bool) -> None:
         """Sets the weight of this micro-batch; a step of one batch weighs nothing and launches nothing."""
@@ -381,13 +428,12 @@ class Engine:
             return scale if weight is None else weight
         return scale * weight
 
-    def _finish(self, block: Block, loss: Tensor, update: bool) -> None:
+    def _finish(self, flight: Flight, k: int) -> None:
         """Checks and unscales a block's gradients, then updates it and frees them (or keeps them for the end)."""
-        k = block.index
-        if not update:  # a gradient that is not finite stays so in the sum
+        loss = flight.losses[k]
+        if not flight.updates:  # a gradient that is not finite stays so in the sum
             self._guard.check(k, [loss], self._one)
             return
-        self._at = (k, "update")
         params = self._params[k]
         inverse = self._one if self._scales is None else self._scales[k].reciprocal()
         if self._pending is not None:
@@ -420,14 +466,16 @@ class Engine:
             finally:
                 del inner.found_inf  # type: ignore[attr-defined]
 
-    def _fire(self, block: Block, update: bool) -> None:
-        """The links after a block's backward, once for an update; with ``update="end"`` they fire when that is certain."""
-        if block.links and update and self.update == "immediate":
-            with self._cast.outside() if self._cast else nullcontext():
-                block.fire("after_backward")
+    def _fire(self, flight: Flight, links: Sequence[Link]) -> None:
+        """Links, once for an update; those after a backward fire at the end of the step with ``update="end"``."""
+        if flight.updates and torch.is_grad_enabled():
+            for link in links:
+                link.fire()
 
-    def _update_all(self) -> None:
+    def _update_all(self, flight: Flight) -> None:
         """``update="end"``: steps every block, or none if any is not finite."""
+        if not flight.updates:
+            return
         bad = self._guard.any_found()
         for block in self.model.blocks:
             block.fire("after_backward")

@@ -121,6 +121,10 @@ class RefreshLink:
     block: ClassVar[int] = -1
 
     @property
+    def reads(self) -> tuple[Slot, ...]:
+        return (Slot("weight", self.readout, "weight"), *self.frozen)
+
+    @property
     def frozen(self) -> tuple[Slot, ...]:
         return (Slot("weight", self.copy, "weight"),)
 
