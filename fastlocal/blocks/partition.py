@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastlocal.blocks.adapters import Adapter, HookAdapter, SliceAdapter, logits_of
 from fastlocal.blocks.measure import MacCounter, SavedBytes
@@ -54,7 +55,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
     """Training mode inside; modes, buffers, requires_grad and random state are put back afterwards."""
     modes = {m: m.training for m in net.modules()}
     grads = {p: p.requires_grad for p in net.parameters()}
-    buffers = [(m, key, b, None if b is None else b.detach().clone()) for m in modes for key, b in m._buffers.items()]
+    buffers = [(m, key, b, _contents(b)) for m in modes for key, b in m._buffers.items()]
     devices = list({p.device for p in net.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -74,6 +75,11 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _contents(b: Tensor | None) -> Tensor | None:
+    """A copy of a buffer; None where there is nothing to copy, as on a plan's tensors (copies of which take time all the same)."""
+    return None if b is None or isinstance(b, FakeTensor) else b.detach().clone()
 
 
 def find_units(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] | None = None) -> Units:

@@ -314,21 +314,22 @@ class _Builder:
         made = [self.method.head(site) for site in sites]
         heads = [_as_backbone(_checked_head(head, self.method), like) for head in made]
         made_links = [*links, *self.method.links(sites, heads)]
-        blocks = []
-        for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            buffers = {id(b) for m in found.modules[k] for b in m._buffers.values() if b is not None}
-            blocks.append(
-                Block(
-                    index=k,
-                    name=names[k],
-                    units=tuple(units.names[start : end + 1]),
-                    fns=adapter.slices[k] if not isinstance(adapter, HookAdapter) else None,
-                    head=heads[k] if k < len(heads) else None,
-                    slots=tuple(owned_slots(self.net, found.parameters[k], "backbone.")),
-                    buffers=tuple(owned_slots(self.net, buffers, "backbone.", buffers=True)),
-                    random=found.random[k] or _has_dropout(heads[k] if k < len(heads) else None),
-                )
+        own = _owned(self.net, found.parameters)
+        ran = [{id(b) for m in modules for b in m._buffers.values() if b is not None} for modules in found.modules]
+        buffers = _owned(self.net, ran, buffers=True)
+        blocks = [
+            Block(
+                index=k,
+                name=names[k],
+                units=tuple(units.names[start : end + 1]),
+                fns=adapter.slices[k] if not isinstance(adapter, HookAdapter) else None,
+                head=heads[k] if k < len(heads) else None,
+                slots=own[k],
+                buffers=buffers[k],
+                random=found.random[k] or _has_dropout(heads[k] if k < len(heads) else None),
             )
+            for k, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
         model = LocalModel(
             self.net,
             heads,
@@ -461,6 +462,19 @@ def _all_slots(net: nn.Module) -> list[Slot]:
         for key, value in module._parameters.items()
         if value is not None
     ]
+
+
+def _owned(net: nn.Module, wanted: list[set[int]], *, buffers: bool = False) -> list[tuple[Slot, ...]]:
+    """`owned_slots` of every block, in one walk over the network."""
+    blocks_of: dict[int, list[int]] = {}
+    for k, ids in enumerate(wanted):
+        for i in ids:
+            blocks_of.setdefault(i, []).append(k)
+    found: list[list[Slot]] = [[] for _ in wanted]
+    for slot in owned_slots(net, set(blocks_of), "backbone.", buffers=buffers):
+        for k in blocks_of[id(slot.value)]:
+            found[k].append(slot)
+    return [tuple(slots) for slots in found]
 
 
 def _put_back(slots: list[tuple[Slot, Tensor]]) -> None:

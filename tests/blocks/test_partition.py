@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlocal import models
+from fastlocal.blocks.measure import LaunchCounter
 from fastlocal.blocks.partition import Units, balanced_cuts, find_units, measure_units, named_cuts, undisturbed
 from fastlocal.errors import PartitionError
 from tests.engine.untouched import untouched
@@ -252,3 +254,15 @@ def test_undisturbed_puts_everything_back_after_an_error() -> None:
         assert net.training and net.frozen.requires_grad
         net(torch.randn(5, 4))
         raise ZeroDivisionError
+
+
+def test_undisturbed_copies_no_tensor_without_contents() -> None:
+    real, counted = Stateful(), []
+    with FakeTensorMode():
+        fake = Stateful()
+    before = dict(fake.named_buffers())
+    for net in (real, fake):
+        with LaunchCounter() as launches, undisturbed(net):
+            assert net.training
+        counted.append(launches.by_op["aten::clone"] + launches.by_op["aten::copy_"])
+    assert counted == [2 * len(before), 0] and all(b is before[name] for name, b in fake.named_buffers())

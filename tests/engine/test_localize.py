@@ -313,3 +313,13 @@ def test_parameters_that_no_loss_reaches_are_named() -> None:
         cut(Layer(False, unused=True), Layer(False))
     with pytest.warns(UserWarning, match=r"no local loss reaches 0\.f\.weight.*use_reentrant=False"):
         cut(Layer(True), Layer(False))
+
+
+def test_a_buffer_belongs_to_every_block_that_its_module_runs_in() -> None:
+    norm = nn.BatchNorm1d(6, affine=False)
+    net = nn.Sequential(nn.Linear(6, 6), norm, nn.Linear(6, 6), norm, nn.Linear(6, 2))
+    model = fl.localize(net, "dgl", blocks=3, sample=torch.randn(4, 6))
+    names = [f"backbone.1.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")]
+    assert [[slot.name for slot in block.buffers] for block in model.blocks] == [names, names, []]
+    weights = [[f"backbone.{i}.weight", f"backbone.{i}.bias"] for i in (0, 2, 4)]
+    assert [[slot.name for slot in block.slots] for block in model.blocks] == weights
