@@ -9,7 +9,7 @@ loss that reaches it, gives its parameters' gradients.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -125,6 +125,11 @@ class Passes:
                     f"{passes} forwards a step of this method; give it a momentum"
                 )
         self.norms = norms
+
+    def of(self, modules: Collection[object]) -> Passes:
+        """Those of some modules."""
+        wanted = {id(module) for module in modules}
+        return Passes([(module, passes) for module, passes in self.norms if id(module) in wanted])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

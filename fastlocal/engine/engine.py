@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
+import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,19 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal.blocks.adapters import logits_of
-from fastlocal.blocks.batch import split_call
+from fastlocal.blocks.batch import first_tensor, split_call
 from fastlocal.blocks.block import start_backward
 from fastlocal.blocks.cascade import leaf, scaled_down
 from fastlocal.blocks.links import Link, fire
+from fastlocal.engine import _native
 from fastlocal.engine.cast import CastWeights
+from fastlocal.engine.choose import Chooser
 from fastlocal.engine.clip import Clip
 from fastlocal.engine.flight import Flight
 from fastlocal.engine.graph import StepGraphs
 from fastlocal.engine.guard import BatchCounts, Guard
+from fastlocal.engine.localize import parse_bytes
 from fastlocal.engine.memory import is_out_of_memory, out_of_memory
-from fastlocal.engine.model import LocalModel
+from fastlocal.engine.model import LocalModel, settle_before_reading
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
 from fastlocal.engine.output import StepOutput, count_targets
+from fastlocal.engine.rounds import Rounds
+from fastlocal.engine.schedule import refusal
 from fastlocal.engine.tasks import StepTasks, Task, sequence
 from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
 from fastlocal.ops import _dispatch
@@ -58,7 +66,12 @@ class Engine:
     Args:
         model: from `fastlocal.localize`.
         optimizer: called once per block with its ``[(name, parameter)]``, or a `LocalOptimizer` made so.
-        schedule: ``"sequential"``, or ``"auto"``, which is sequential today.
+        schedule: in which order the tasks of a step run (docs/schedules.md). ``"sequential"``: block by block. ``"overlap"``:
+            a block's head, backward and update beside the next block's forward. ``"pipeline"``: blocks of several steps side
+            by side; then `step` returns the output of an earlier step. ``"auto"``: on a CPU, what a few steps of each show to
+            be faster (sequential with ``deterministic=True``, for the number of threads in an operator shows in the last
+            bits); elsewhere sequential. Every order gives the same numbers. A model that has but one order is run in that one,
+            with a warning, and `explain` says why.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"`` (autocast; fp16 with one loss scale per block, on the device).
         graph: ``"on"`` captures the whole step in a CUDA graph, once for each shape of a batch (8 at most, the others stay
             eager), after two or three eager steps of that shape. A replay reads the rates and the step's number from the
@@ -72,7 +85,8 @@ class Engine:
             where it cannot serve.
         update: ``"immediate"`` steps a block and frees its gradients at once; ``"end"`` steps all blocks after the last backward,
             or none: a step that fails or turns non-finite changes nothing, BatchNorm statistics included.
-        deterministic: one random stream per block, keyed by (seed, block), and PyTorch's deterministic algorithms.
+        deterministic: one random stream per block, keyed by (seed, block), and PyTorch's deterministic algorithms. The schedules
+            but the sequential one have such streams in any case.
         seed: of those streams.
         memory_format: ``"preserve"``, or ``"channels_last"`` to convert the model now and every 4-D input.
         nonfinite: what a non-finite loss or gradient leads to: ``"raise"`` a NonFiniteError that names block and step,
@@ -82,6 +96,12 @@ class Engine:
         compile: ``"blocks"`` calls ``torch.nn.Module.compile`` on every unit of the backbone that is a module, and on every
             head: in place, so that names and state_dict stay, and they are compiled for evaluation, too. Each shape of a
             batch is compiled by itself. With ``graph="on"`` this happens in the eager steps. Not for a network cut by hooks.
+        workers: tasks that may run at once: threads on a CPU, streams on a GPU. Default: 2 to 4 threads, 2 streams. Operators
+            get the CPU's threads divided by it.
+        in_flight: the most steps on their way at once, for ``"pipeline"`` (default: as many as workers) and, where that is more
+            than 1, for ``"auto"``.
+        memory_budget: bytes or "4GiB" for what the tasks of the steps in flight hold (activations, gradients, batches), by the
+            sizes that `localize` measured; None for no limit.
         clip: limits a block's gradients just before its update: a `Clip`, or a number, which is the largest norm of one
             block's gradients. ``Clip(..., scope="global")`` takes the norm over all blocks, and needs ``update="end"``.
 
@@ -112,6 +132,9 @@ class Engine:
         nonfinite: Literal["raise", "skip", "stop"] = "raise",
         clip: Clip | float | None = None,
         compile: Literal["blocks"] | None = None,
+        workers: int | None = None,
+        in_flight: int | None = None,
+        memory_budget: str | float | None = None,
     ):
         if not isinstance(model, LocalModel):
             raise ArgumentError(f"model: expected a LocalModel from fastlocal.localize, got {type(model).__name__}")
@@ -122,6 +145,9 @@ class Engine:
         _one_of("update", update, ("immediate", "end"))
         _one_of("memory_format", memory_format, ("preserve", "channels_last"))
         _one_of("nonfinite", nonfinite, ("raise", "skip", "stop"))
+        _at_least_one("workers", workers)
+        _at_least_one("in_flight", in_flight)
+        budget = None if memory_budget is None else parse_bytes(memory_budget)
         if compile is not None:
             _one_of("compile", compile, ("blocks",))
             if any(block.fns is None for block in model.blocks):
@@ -129,8 +155,6 @@ class Engine:
                     f"compile: {type(model.backbone).__name__} is cut by hooks, which cannot be compiled; give it units() and "
                     "readout(), or use compile=None"
                 )
-        if schedule in ("overlap", "pipeline"):
-            raise BackendError(f"schedule: {schedule!r} has no executor in this version; use 'sequential' or 'auto'")
         device = next(model.parameters()).device
         if backend == "triton" and (reason := _dispatch.platform(device).triton):
             raise BackendError(f"backend: 'triton' cannot serve this model: {reason}. Or use 'auto'")
@@ -151,7 +175,16 @@ class Engine:
         if self.clip is not None:
             self.clip = self.clip.bind(model)
         self.model, self.device = model, device
-        self.deterministic, self.seed, self.graph, self.backend = deterministic, seed, graph, backend
+        self.deterministic, self.seed, self.graph, self.backend, self.compile = (
+            deterministic,
+            seed,
+            graph,
+            backend,
+            compile,
+        )
+        self.precision, self.update, self.memory_format = precision, update, memory_format
+        self._dtype = PRECISIONS[precision]
+        self.schedule, self._why_sequential = self._schedule_that_serves(schedule)
         if isinstance(optimizer, LocalOptimizer):
             optimizer.check_model(model)
             self.optimizer = optimizer
@@ -160,17 +193,14 @@ class Engine:
         self._graphs = StepGraphs(self) if graph == "on" else None
         if memory_format == "channels_last":  # in place, and last: a refusal above leaves the model as it was
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.compile = compile
         if compile is not None:
             for block in model.blocks:
                 for part in (*(block.fns or ()), block.head):
                     if isinstance(part, nn.Module):
                         part.compile(dynamic=False)
-        self.precision, self.update, self.memory_format = precision, update, memory_format
         self.nonfinite = nonfinite
         self.steps = 0
         self.should_stop = False
-        self._dtype = PRECISIONS[precision]
         count = len(model.blocks)
         self._guard = Guard(model.blocks, self.device, together=update == "end")
         self._batch_counts = BatchCounts(model)
@@ -182,7 +212,8 @@ class Engine:
         )
         self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
         self._one = torch.ones((), dtype=torch.float32, device=self.device)
-        alive = len(model.blocks) if model.summed else model.window
+        # of summed losses all graphs live at once, and in other schedules any block may run beside any other
+        alive = model.window if self.schedule == "sequential" and not model.summed else len(model.blocks)
         self._cast = CastWeights(model.blocks, self._dtype, alive) if self._dtype and backend != "reference" else None
         self._streams: list[list[Tensor]] | None = None
         self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
@@ -190,6 +221,17 @@ class Engine:
         self._pending: _Pending | None = None
         self._streams_before: list[list[Tensor]] | None = None
         self._at = (0, "forward")  # block and phase that runs, for the report of an exhausted memory
+        self._random = any(block.random for block in model.blocks)
+        self._outputs: deque[StepOutput] = deque()  # of completed steps that nobody has had yet
+        self._rounds: Rounds | None = None
+        self._chooser: Chooser | None = None
+        workers = workers or _default_workers(self.device)
+        if self.schedule == "auto":
+            self._chooser = Chooser(self, workers, in_flight or 1, budget)
+        elif self.schedule != "sequential":
+            depth = 1 if self.schedule == "overlap" else in_flight or max(2, workers)
+            self._rounds = Rounds(self, self.schedule, workers, depth, budget)
+            settle_before_reading(model, self)
         self._keeps_inputs = (
             model.window > 1 or model.method.reads_boundary
         )  # until the block's head or backward is done
@@ -198,13 +240,42 @@ class Engine:
             for run in StepTasks(sequence(model, update), []).after()
         ]
 
+    def _schedule_that_serves(self, schedule: str) -> tuple[str, str]:
+        """The schedule for this model, and why it is not the one that was asked for.
+
+        Raises BackendError where another argument or the installation is in the way.
+        """
+        if schedule == "sequential":
+            return schedule, ""
+        reason = refusal(self.model, casts=self._dtype is not None and self.backend != "reference")
+        if schedule == "auto":
+            reason = reason or Chooser.refusal(self)
+            return ("sequential", reason) if reason else (schedule, "")
+        if not _native.available():
+            raise BackendError(
+                f"schedule: {schedule!r} needs the native scheduler: {_native.why_not()}. Or use 'sequential'"
+            )
+        if schedule == "pipeline" and self.update == "end":
+            raise BackendError(
+                "schedule: 'pipeline' updates a block while others are at other steps, but update='end' (and a clipping over all "
+                "blocks) holds every update back to the end of a step; use 'overlap', or update='immediate'"
+            )
+        if self.graph == "on":
+            raise BackendError(f"schedule: {schedule!r} has no graphs; use graph='off', or schedule='sequential'")
+        if reason is None:
+            return schedule, ""
+        warnings.warn(f"schedule: {schedule!r} cannot serve, so steps are sequential: {reason}", stacklevel=3)
+        return "sequential", f"{schedule} cannot serve: {reason}"
+
     # --- the step ----------------------------------------------------------------------------------------------------
 
     def step(self, *batch: Any, **kwargs: Any) -> StepOutput:
         """One training step on ``(x, y)``, a mapping, or whatever the model's ``batch`` function maps.
 
         Returns:
-            `StepOutput` with ``losses`` and ``correct``, on the device; nothing waits for it.
+            `StepOutput` with ``losses`` and ``correct``, on the device; nothing waits for it. With steps in flight it is the
+            oldest completed step's that was not returned before (``out.step``), and while none is complete, its ``step``
+            is None.
 
         Raises:
             ArgumentError: a bad batch; nothing has been changed then.
@@ -213,16 +284,37 @@ class Engine:
         """
         call = self._unpack(batch, kwargs)
         self.optimizer.before_step()
-        if self._pending is None:
+        if self._pending is None and self._rounds is None:
             fire(self.model.links, "before_step")
+        begin = time.perf_counter()
         with self._deterministic(), self._served():
-            output = self._run(*call, update=True) if self._graphs is None else self._graphs.step(*call)
-        self.optimizer.after_step()
-        self.steps += 1
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
+            if self._rounds is not None and self._pending is None:
+                self._rounds.step(*call)
+            elif self._graphs is None:
+                with self._threads():
+                    self._completed(self._run(*call, update=True))
+            else:
+                self._completed(self._graphs.step(*call))
+        if self._chooser is not None:
+            self._chooser.note(time.perf_counter() - begin, first_tensor(call[:2]))
+        if self._outputs:
+            output = self._outputs.popleft()
+        else:
+            output = StepOutput.none_yet(len(self.model.blocks), call[2], self.model.criterion)
         if not self._guard.waits or self.steps % _CHECK_EVERY == 0:
             self._report()
         return output
+
+    def _completed(self, output: StepOutput) -> None:
+        """A step is complete: every block has had its update."""
+        self._outputs.append(output)
+        self.optimizer.after_step()
+        self.steps += 1
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
+
+    def _threads(self) -> AbstractContextManager[Any]:
+        """A step in sequence between scheduled ones computes with as many threads, for the sake of the last bits."""
+        return nullcontext() if self._rounds is None else self._rounds.threads_of_a_worker()
 
     def accumulate(self, *batch: Any, **kwargs: Any) -> StepOutput:
         """A micro-batch: its gradients are added up, and the next `step` updates with the mean over all of them.
@@ -239,9 +331,10 @@ class Engine:
             As `step`.
         """
         call = self._unpack(batch, kwargs)
+        self._settle()
         if self._pending is None:
             fire(self.model.links, "before_step")
-        with self._deterministic(), self._served():
+        with self._deterministic(), self._served(), self._threads():
             return self._run(*call, update=False)
 
     @property
@@ -320,8 +413,8 @@ class Engine:
 
     # --- the tasks of a step -----------------------------------------------------------------------------------------
 
-    def _do(self, flight: Flight, task: Task) -> None:
-        """Runs one task of a step, outside of autocast."""
+    def _do(self, flight: Flight, task: Task, inside: bool = True) -> None:
+        """Runs one task of a step, outside of autocast. ``inside``: a block's low-precision weights may be in place then."""
         k = task.block
         self._begin(task.kind, k)
         if task.kind == "forward":
@@ -331,7 +424,7 @@ class Engine:
         elif task.kind == "backward":
             self._backward(flight, k)
         elif task.kind == "link":
-            with self._cast.outside() if self._cast else nullcontext():
+            with self._cast.outside() if self._cast and inside else nullcontext():
                 self._fire(flight, task.links)
         elif task.kind == "update":
             self._finish(flight, k) if k >= 0 else self._update_all(flight)
@@ -490,19 +583,27 @@ class Engine:
     # --- what a block must leave behind when it fails ----------------------------------------------------------------
 
     def _enter(self, k: int) -> None:
-        """Before block k's forward: forget gradients that are not this step's, switch to its random stream."""
+        """Before block k's forward in sequence."""
         if k:
             self._leave(k - 1)
         self._at = (k, "forward")
-        block = self.model.blocks[k]
-        params = self._params[k] = block.parameters()
+        self._open(k)
+        if self._streams is not None and self.model.blocks[k].random:
+            self._resume_stream(k)
+
+    def _open(self, k: int) -> None:
+        """Before block k's forward: forgets gradients that are not this step's, casts its weights."""
+        params = self._params[k] = self.model.blocks[k].parameters()
         if self.pending == 0:
             for p in params:
                 p.grad = None
         if self._cast:
             self._cast.enter(k)
-        if self._streams is not None and block.random:
-            _set_random_state(self._streams[k], self.device)
+
+    def _resume_stream(self, k: int) -> None:
+        """Block k draws its random numbers where it stopped."""
+        assert self._streams is not None
+        _set_random_state(self._streams[k], self.device)
 
     def _leave(self, k: int) -> None:
         if self._streams is not None and self.model.blocks[k].random:
@@ -591,18 +692,21 @@ class Engine:
 
     @contextmanager
     def _deterministic(self) -> Iterator[None]:
-        if not self.deterministic:
+        several = len(self.model.blocks) > 1
+        own_streams = several and (self.deterministic or (self._rounds is not None and self._random))
+        if not self.deterministic and not own_streams:
             yield
             return
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         outside = _random_state(self.device)
-        if self._streams is None and len(self.model.blocks) > 1:
+        if self._streams is None and own_streams:
             self._streams = []
             for k in range(len(self.model.blocks)):
                 torch.manual_seed((self.seed * 1_000_003 + k) % 2**63)
                 self._streams.append(_random_state(self.device))
             _set_random_state(outside, self.device)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        if self.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
@@ -613,12 +717,29 @@ class Engine:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def flush(self) -> list[StepOutput]:
-        """Completes what a pipelining schedule has in flight (nothing, in sequence) and reports non-finite blocks now."""
+        """Completes the steps in flight and reports non-finite blocks now.
+
+        Returns:
+            The outputs that `step` has not returned yet, oldest first; in sequence, none.
+        """
+        self._settle()
         self._report()
-        return []
+        outputs = list(self._outputs)
+        self._outputs.clear()
+        return outputs
+
+    def _settle(self) -> None:
+        """Every block has had every step that was given; outputs wait for `step` or `flush`."""
+        if self._rounds is not None and self._rounds.busy:
+            with self._deterministic(), self._served():
+                self._rounds.drain()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs besides ``model.state_dict()`` and the caller's own random state."""
+        """Everything a resumed run needs besides ``model.state_dict()`` and the caller's own random state.
+
+        Steps in flight are completed first; `flush` still returns their outputs.
+        """
+        self._settle()
         return {
             "steps": self.steps,
             "precision": self.precision,
@@ -628,6 +749,7 @@ class Engine:
             "skipped": self._guard.skipped.clone(),
             "streams": [[t.clone() for t in s] for s in self._streams or []],
             "pending": self._pending_state(),
+            "schedule": None if self._chooser is None else self._chooser.choice,
         }
 
     def _pending_state(self) -> dict[str, Any] | None:
@@ -647,7 +769,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ArgumentError for the state of another number of blocks or another precision, before anything changes."""
         count = len(self.model.blocks)
-        missing = [key for key in self.state_dict() if key not in state]
+        missing = [key for key in self.state_dict() if key not in state and key != "schedule"]  # which is younger
         if missing:
             raise ArgumentError(f"state_dict: lacks {', '.join(missing)}; pass what Engine.state_dict() returned")
         if len(state["good"]) != count:
@@ -672,6 +794,9 @@ class Engine:
         if self._graphs is not None:
             self._graphs.forget("a state was loaded")
         self.optimizer.load_state_dict(state["optimizer"])
+        self._outputs.clear()
+        if self._chooser is not None and state.get("schedule") is not None:
+            self._chooser.choose(state["schedule"])
         self.steps = state["steps"]
         for own, saved in zip(self._scales or [], state["scales"], strict=True):
             own.copy_(saved)
@@ -698,12 +823,19 @@ class Engine:
         self._guard.load(state["guard"])
         self._streams_before = [[t.clone() for t in s] for s in state["streams"]] or None
 
+    def _explain_schedule(self) -> str:
+        if self._rounds is not None:
+            text = self._rounds.explain()
+            return text if self._chooser is None else f"{text}; {self._chooser.explain()}"
+        why = self._why_sequential if self._chooser is None else self._chooser.explain()
+        return f"schedule: sequential{'; ' if why else ''}{why}"
+
     def explain(self) -> str:
         """Which schedule, graph mode and backend serve this engine, and why the others do not."""
         fused = sum(bool(o and o.param_groups[0].get("fused")) for o in self.optimizer.blocks)
         return "\n".join(
             [
-                "schedule: sequential; overlap and pipeline have no executor in this version",
+                self._explain_schedule(),
                 self._graphs.explain() if self._graphs is not None else f"graph: off; {_why_eager(self.graph)}",
                 f"backend: {self.backend}",
                 f"optimizer: fused step in {fused} of {len(self.optimizer.blocks)} blocks",
@@ -711,6 +843,15 @@ class Engine:
                 self.model.explain(),
             ]
         )
+
+
+def _default_workers(device: torch.device) -> int:
+    return min(4, max(2, torch.get_num_threads() // 2)) if device.type == "cpu" else 2
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ArgumentError(f"{name}: got {value!r}; give an integer of at least 1, or None")
 
 
 def _why_eager(graph: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,18 @@ class Guard:
             for slot in (*block.buffer_slots(), *(s for link in block.links for s in link.frozen if together))
         ]
         self._copies = self._make_copies(self._live())
+
+    def alone(self, k: int, block: Block) -> Guard:
+        """The guard of block k by itself, for a step whose blocks do not begin and end together; flags and counters are these."""
+        own = copy.copy(self)
+        own._together = False
+        own._all_found, own.skipped, own.first_bad = (
+            t[k : k + 1] for t in (self._all_found, self.skipped, self.first_bad)
+        )
+        own.found = [self.found[k]]
+        own._slots = [(slot, 0) for slot in block.buffer_slots()]
+        own._copies = own._make_copies(own._live())
+        return own
 
     def begin(self) -> None:
         """Before block 0: clears the flags and copies the buffers."""
@@ -102,8 +115,8 @@ class Guard:
         """Goes on from what `state` returned, for the same blocks."""
         self._copies = self._make_copies(self._live())
         self._all_found.copy_(state["found"])
-        for copy, saved in zip([c for part in self._copies for c in part.copies], state["buffers"], strict=True):
-            copy.copy_(saved)
+        for own, saved in zip([c for part in self._copies for c in part.copies], state["buffers"], strict=True):
+            own.copy_(saved)
 
     def _live(self) -> list[Tensor]:
         return [slot.value for slot, _ in self._slots]

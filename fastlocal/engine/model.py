@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,14 @@ from fastlocal.engine.carrier import LossScale, carry
 from fastlocal.engine.output import Hits, LocalOutput
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import Method
+
+# Engines with steps in flight, by their model; not an attribute of it, for a model is copied and pickled.
+_ENGINES: weakref.WeakKeyDictionary[LocalModel, Callable[[], Any]] = weakref.WeakKeyDictionary()
+
+
+def settle_before_reading(model: LocalModel, engine: Any) -> None:
+    """``engine._settle()`` is called before the model is evaluated, saved, loaded, copied or exported."""
+    _ENGINES[model] = weakref.ref(engine)
 
 
 class LocalModel(nn.Module):
@@ -93,9 +102,10 @@ class LocalModel(nn.Module):
         """``(args, kwargs, target)`` of a batch, by the ``batch`` function given to `localize` or the built-in rules."""
         return self._batch(batch) if self._batch is not None else unpack_batch(batch)
 
-    def context(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> StepContext:
-        """What the heads of this step may read. Fires links, so call it before block 0 runs."""
-        fire(self.links, "before_forward")
+    def context(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, fires: bool = True) -> StepContext:
+        """What the heads of this step may read. ``fires`` links, so call it before block 0 runs."""
+        if fires:
+            fire(self.links, "before_forward")
         return StepContext(target=target, input=first_tensor((args, kwargs)), criterion=self.criterion)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], on_block: Callable[[int, Tensor], Tensor]) -> Any:
@@ -203,6 +213,31 @@ class LocalModel(nn.Module):
         """The backbone's own, for trainers that read it (Hugging Face's); AttributeError where it has none."""
         return self.backbone.config
 
+    # --- steps in flight ---------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Completes the steps that an engine has in flight, so that all blocks are at the same one."""
+        engine = _ENGINES.get(self, lambda: None)()
+        if engine is not None:
+            engine._settle()
+
+    def train(self, mode: bool = True) -> LocalModel:
+        if not mode:
+            self._settle()
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return super().load_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return dict(self.__dict__)
+
     # --- the trained network -----------------------------------------------------------------------------------------
 
     def export(self, readout: bool = False) -> nn.Module:
@@ -211,6 +246,7 @@ class LocalModel(nn.Module):
         ``readout=True`` returns the network with the method's own way of predicting; for auxiliary-head methods that is
         the backbone too.
         """
+        self._settle()
         fire(self.links, "before_forward")
         return self.backbone
 

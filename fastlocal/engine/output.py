@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -122,13 +123,21 @@ class StepOutput:
 
     ``logits`` are the backbone's own, detached; None where they have more than 2**18 elements, because an output is held while
     the next step runs.
+
+    While a pipeline fills, no step is complete: then ``step`` and ``logits`` are None, the losses NaN, the counts -1.
     """
 
-    def __init__(self, step: int, losses: Tensor, logits: Tensor, hits: Hits):
+    def __init__(self, step: int | None, losses: Tensor, logits: Tensor | None, hits: Hits):
         self.step = step
         self.losses = losses
-        self.logits = logits if logits.numel() <= KEEP_LOGITS else None
+        self.logits = logits if logits is not None and logits.numel() <= KEEP_LOGITS else None
         self._hits = hits
+
+    @classmethod
+    def none_yet(cls, blocks: int, target: Tensor, criterion: Criterion) -> StepOutput:
+        hits = Hits(target, criterion)
+        hits.scores = [None] * blocks
+        return cls(None, torch.full((blocks,), math.nan, device=target.device), None, hits)
 
     @property
     def loss(self) -> Tensor:

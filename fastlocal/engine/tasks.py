@@ -264,9 +264,9 @@ class _Access:
     def _link(self, link: Any, reads: set[Any], writes: set[Any]) -> None:
         every = range(self.count)
         source = getattr(link, "reads", None)
-        known = source is not None and all(_key(slot) in self.owner for slot in source)
-        names = [self._name(slot) for slot in source] if known else None
-        if names is None:  # it may read anything
+        if source is not None and all(_key(slot) in self.owner for slot in source):
+            names = [self._name(slot) for slot in source]
+        else:  # it may read anything
             names = [(name, j) for j in every for name in ("weights", "statistics", "averages")]
         reads.update(names)
         written = [self._name(slot) for slot in link.frozen if _key(slot) in self.owner]
