@@ -98,6 +98,8 @@ class Chooser:
 
     def choose(self, choice: str) -> None:
         """What a run that was saved had chosen."""
+        if choice == "pipeline" and self._in_flight == 1:  # which this run does not want
+            choice = "overlap"
         self.choice, self._why = choice, "as in the run that was resumed"
         if choice == "sequential":
             self._sequential(self._why)

@@ -30,6 +30,8 @@ class Flight:
         options: per block, what the optimizer's groups said when the step began; None where they are read when needed.
         running: blocks between forward and update, whose buffers go back if the step fails.
         updated: blocks that have had their update.
+        skipped: by block, how many of its updates had been left out after this one, float32 [1]; where blocks are at different
+            steps, and the guard's count may be that of a later one.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Flight:
     options: list[list[dict[str, Any]]] | None = None
     running: set[int] = field(default_factory=set)
     updated: set[int] = field(default_factory=set)
+    skipped: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: LocalModel, step: int, call: tuple[Any, ...], ctx: StepContext, *, updates: bool) -> Flight:
@@ -66,4 +69,4 @@ class Flight:
     def output(self) -> StepOutput:
         assert self.logits is not None
         losses = torch.stack([v.float() if v.dtype.itemsize < 4 else v for v in self.losses])
-        return StepOutput(self.step, losses, self.logits, self.hits)
+        return StepOutput(self.step, losses, self.logits, self.hits, self.skipped)

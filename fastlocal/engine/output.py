@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -127,11 +127,25 @@ class StepOutput:
     While a pipeline fills, no step is complete: then ``step`` and ``logits`` are None, the losses NaN, the counts -1.
     """
 
-    def __init__(self, step: int | None, losses: Tensor, logits: Tensor | None, hits: Hits):
+    def __init__(
+        self,
+        step: int | None,
+        losses: Tensor,
+        logits: Tensor | None,
+        hits: Hits,
+        skipped: Mapping[int, Tensor] | None = None,
+    ):
         self.step = step
         self.losses = losses
         self.logits = logits if logits is not None and logits.numel() <= KEEP_LOGITS else None
         self._hits = hits
+        self._skipped = skipped
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """``engine.skipped`` as of this step, float32 ``[K]``, where blocks may be at later steps (a pipeline); else None."""
+        counts = self._skipped
+        return torch.cat([counts[k] for k in sorted(counts)]) if counts else None
 
     @classmethod
     def none_yet(cls, blocks: int, target: Tensor, criterion: Criterion) -> StepOutput:

@@ -133,7 +133,7 @@ class Rounds:
         flight = Flight.of(model, self._next, call, ctx, updates=True)
         if self.in_flight > 1:  # rates change between steps; a block has those of the step it is at
             flight.options = [
-                [] if inner is None else [_options(group) for group in inner.param_groups]
+                [] if inner is None else [_fixed(group) for group in inner.param_groups]
                 for inner in engine.optimizer.blocks
             ]
         self._next += 1
@@ -302,6 +302,8 @@ class Rounds:
             if alone:
                 self._passes[k].count()
                 self._guards[k].end(flight.step)
+                if self.in_flight > 1:
+                    flight.skipped[k] = self._guards[k].skipped.clone()
             flight.running.discard(k)
             flight.updated.add(k)
         if own_stream:
@@ -327,6 +329,11 @@ def _version(flight: Flight, task: Task) -> tuple[Tensor, int] | None:
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _fixed(group: dict[str, Any]) -> dict[str, Any]:
+    """The options as they are now, also of a rate that is a tensor, which schedules fill anew."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in _options(group).items()}
 
 
 @contextmanager
