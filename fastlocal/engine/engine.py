@@ -690,10 +690,13 @@ class Engine:
     def _scale(self, k: int) -> Tensor | None:
         return None if self._scales is None else self._scales[k]
 
+    def _own_streams(self) -> bool:
+        """Whether each block draws its random numbers from a stream of its own."""
+        return len(self.model.blocks) > 1 and (self.deterministic or (self._rounds is not None and self._random))
+
     @contextmanager
     def _deterministic(self) -> Iterator[None]:
-        several = len(self.model.blocks) > 1
-        own_streams = several and (self.deterministic or (self._rounds is not None and self._random))
+        own_streams = self._own_streams()
         if not self.deterministic and not own_streams:
             yield
             return
@@ -781,7 +784,7 @@ class Engine:
                 f"state_dict: comes from precision {state['precision']!r}, this engine has {self.precision!r}; make it with the one "
                 "it was trained with"
             )
-        if self.deterministic and any(len(s) != len(_random_state(self.device)) for s in state["streams"]):
+        if self._own_streams() and any(len(s) != len(_random_state(self.device)) for s in state["streams"]):
             raise ArgumentError(
                 f"state_dict: its random streams are of another device type than {self.device.type!r}; resume on the one it came from"
             )
@@ -805,7 +808,7 @@ class Engine:
         self._guard.skipped.copy_(state["skipped"])
         self._reported = float(self._guard.skipped.sum())
         streams = [[t.clone() for t in s] for s in state["streams"]]
-        self._streams = streams if self.deterministic and streams else None
+        self._streams = (streams or None) if self._own_streams() else None
         self._load_pending(pending)
 
     @torch.no_grad()
