@@ -23,6 +23,7 @@ from fastlocal.engine import _native
 from fastlocal.engine.cast import CastWeights
 from fastlocal.engine.choose import Chooser
 from fastlocal.engine.clip import Clip
+from fastlocal.engine.composed import ComposedRounds, composer_for
 from fastlocal.engine.flight import Flight
 from fastlocal.engine.graph import StepGraphs
 from fastlocal.engine.guard import BatchCounts, Guard
@@ -190,7 +191,8 @@ class Engine:
             self.optimizer = optimizer
         else:
             self.optimizer = LocalOptimizer(model, optimizer, fused=backend != "reference")
-        self._graphs = StepGraphs(self) if graph == "on" else None
+        self._graphs = StepGraphs(self) if graph == "on" and self.schedule == "sequential" else None
+        composer = composer_for(self) if graph == "on" and self.schedule != "sequential" else None
         if memory_format == "channels_last":  # in place, and last: a refusal above leaves the model as it was
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile is not None:
@@ -230,7 +232,12 @@ class Engine:
             self._chooser = Chooser(self, workers, in_flight or 1, budget)
         elif self.schedule != "sequential":
             depth = 1 if self.schedule == "overlap" else in_flight or max(2, workers)
-            self._rounds = Rounds(self, self.schedule, workers, depth, budget)
+            kind = self.schedule
+            self._rounds = (
+                Rounds(self, kind, workers, depth, budget)
+                if composer is None
+                else ComposedRounds(self, kind, workers, depth, budget, composer)
+            )
             settle_before_reading(model, self)
         self._keeps_inputs = (
             model.window > 1 or model.method.reads_boundary
@@ -260,8 +267,6 @@ class Engine:
                 "schedule: 'pipeline' updates a block while others are at other steps, but update='end' (and a clipping over all "
                 "blocks) holds every update back to the end of a step; use 'overlap', or update='immediate'"
             )
-        if self.graph == "on":
-            raise BackendError(f"schedule: {schedule!r} has no graphs; use graph='off', or schedule='sequential'")
         if reason is None:
             return schedule, ""
         warnings.warn(f"schedule: {schedule!r} cannot serve, so steps are sequential: {reason}", stacklevel=3)
@@ -833,13 +838,18 @@ class Engine:
         why = self._why_sequential if self._chooser is None else self._chooser.explain()
         return f"schedule: sequential{'; ' if why else ''}{why}"
 
+    def _explain_graphs(self) -> str:
+        if isinstance(self._rounds, ComposedRounds):
+            return self._rounds.explain_graphs()
+        return self._graphs.explain() if self._graphs is not None else f"graph: off; {_why_eager(self.graph)}"
+
     def explain(self) -> str:
         """Which schedule, graph mode and backend serve this engine, and why the others do not."""
         fused = sum(bool(o and o.param_groups[0].get("fused")) for o in self.optimizer.blocks)
         return "\n".join(
             [
                 self._explain_schedule(),
-                self._graphs.explain() if self._graphs is not None else f"graph: off; {_why_eager(self.graph)}",
+                self._explain_graphs(),
                 f"backend: {self.backend}",
                 f"optimizer: fused step in {fused} of {len(self.optimizer.blocks)} blocks",
                 f"precision: {self.precision}; memory format: {self.memory_format}; update: {self.update}",

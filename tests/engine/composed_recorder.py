@@ -8,6 +8,7 @@ nobody holds is gone; what was only captured has computed nothing, and its memor
 
 from __future__ import annotations
 
+import functools
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -149,7 +150,9 @@ class _Recording(TorchDispatchMode):
 
     def _place(self, t: Tensor) -> Place:
         storage = t.untyped_storage()
-        memory = self._block(storage.data_ptr()) or weakref.ref(storage)
+        memory: Any = self._block(storage.data_ptr()) or weakref.ref(storage)
+        if not storage.nbytes():
+            memory = functools.partial(torch.UntypedStorage, 0)
         return Place(memory, t.dtype, t.shape, t.stride(), t.storage_offset())
 
 
