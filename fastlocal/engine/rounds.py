@@ -8,6 +8,7 @@ a CPU the streams of a schedule are threads, on a CUDA device they are streams.
 from __future__ import annotations
 
 import contextvars
+import heapq
 import queue
 import threading
 import time
@@ -208,7 +209,7 @@ class Rounds:
                     if job is not None:
                         job()
             else:
-                self._lanes.run(plan, jobs)
+                self._lanes.run(schedule, jobs)
         oldest = flights.pop(plan.in_flight - 1, None)
         if oldest is not None:
             engine._completed(oldest.output())
@@ -383,14 +384,18 @@ def _ranges(numbers: set[int]) -> str:
 
 
 class Lanes:
-    """Runs the jobs of a round, stream by stream; returns when all are done, or raises what one raised."""
+    """Runs the jobs of a round; returns when all are done, or raises what one raised."""
 
-    def run(self, plan: Any, jobs: list[Callable[[], None] | None]) -> None:
+    def run(self, schedule: StepSchedule, jobs: list[Callable[[], None] | None]) -> None:
         raise NotImplementedError
 
 
 class ThreadLanes(Lanes):
-    """Stream 0 is the calling thread, each other one a thread of its own."""
+    """The calling thread and others take tasks as they become ready, in the order of the schedule.
+
+    A task is not held to the stream it was planned for: costs differ from step to step, and no thread idles while
+    another has something left to do.
+    """
 
     def __init__(self, count: int, intra_op: int):
         self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(count - 1)]
@@ -402,47 +407,75 @@ class ThreadLanes(Lanes):
             thread.start()
         weakref.finalize(self, _stop, self._queues)
 
-    def run(self, plan: Any, jobs: list[Callable[[], None] | None]) -> None:
-        done = {u: threading.Event() for waits in plan.waits for u in waits}
-        failures: list[BaseException] = []
-        lanes: list[list[int]] = [[] for _ in range(len(self._queues) + 1)]
-        for i in plan.order:
-            lanes[plan.stream[i]].append(i)
-
-        def lane(which: int) -> None:
-            try:
-                for i in lanes[which]:
-                    for u in plan.waits[i]:
-                        done[u].wait()
-                    if failures:
-                        return
-                    job = jobs[i]
-                    if job is not None:
-                        job()
-                    if i in done:
-                        done[i].set()
-            except BaseException as error:
-                failures.append(error)
-                for event in done.values():  # nobody must wait for what will not come
-                    event.set()
-
+    def run(self, schedule: StepSchedule, jobs: list[Callable[[], None] | None]) -> None:
+        shared = _Shared(schedule, jobs)
         grad = torch.is_grad_enabled()
-        for which, own in enumerate(self._queues, 1):
-            own.put((contextvars.copy_context(), grad, lane, which))
-        lane(0)
-        interrupted: BaseException | None = None
+        for own in self._queues:
+            own.put((contextvars.copy_context(), grad, shared))
+        shared.work()
         for _ in self._queues:
             while True:
                 try:
                     self._results.get()
                     break
                 except BaseException as error:  # an interrupt: the others finish their task first
-                    interrupted = error
-                    failures.append(error)
-                    for event in done.values():
-                        event.set()
-        if failures:
-            raise interrupted or failures[0]
+                    shared.fail(error)
+        if shared.failure is not None:
+            raise shared.failure
+
+
+class _Shared:
+    """The tasks of one round, taken by whoever is free."""
+
+    def __init__(self, schedule: StepSchedule, jobs: list[Callable[[], None] | None]):
+        self._jobs, plan = jobs, schedule.plan
+        self._after, self._open = schedule.within_a_round()
+        self._rank = [0] * len(jobs)
+        for rank, i in enumerate(plan.order):
+            self._rank[i] = rank
+        self._order = plan.order
+        self._ready = [self._rank[i] for i, count in enumerate(self._open) if count == 0]
+        heapq.heapify(self._ready)
+        self._left = len(jobs)
+        self._change = threading.Condition()
+        self.failure: BaseException | None = None
+
+    def work(self) -> None:
+        done: int | None = None
+        while True:
+            with self._change:
+                if done is not None:
+                    self._release(done)
+                while not self._ready and self._left and self.failure is None:
+                    self._change.wait()
+                if not self._left or self.failure is not None:
+                    return
+                done = self._order[heapq.heappop(self._ready)]
+            job = self._jobs[done]
+            if job is not None:
+                try:
+                    job()
+                except BaseException as error:
+                    self.fail(error)
+                    return
+
+    def fail(self, error: BaseException) -> None:
+        with self._change:
+            self.failure = self.failure or error
+            self._change.notify_all()
+
+    def _release(self, done: int) -> None:
+        self._left -= 1
+        found = 0
+        for v in self._after[done]:
+            self._open[v] -= 1
+            if self._open[v] == 0:
+                heapq.heappush(self._ready, self._rank[v])
+                found += 1
+        if not self._left:
+            self._change.notify_all()
+        elif found > 1:  # one of them is for the thread that is here
+            self._change.notify(found - 1)
 
 
 def _work(jobs: queue.SimpleQueue[Any], results: queue.SimpleQueue[Any], intra_op: int) -> None:
@@ -451,10 +484,10 @@ def _work(jobs: queue.SimpleQueue[Any], results: queue.SimpleQueue[Any], intra_o
         job = jobs.get()
         if job is None:
             return
-        context, grad, lane, which = job
+        context, grad, shared = job
         with torch.set_grad_enabled(grad):
-            context.run(lane, which)
-        del context, lane, job
+            context.run(shared.work)
+        del context, shared, job
         results.put(None)
 
 
@@ -474,7 +507,8 @@ class StreamLanes(Lanes):
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(count)]
 
-    def run(self, plan: Any, jobs: list[Callable[[], None] | None]) -> None:
+    def run(self, schedule: StepSchedule, jobs: list[Callable[[], None] | None]) -> None:
+        plan = schedule.plan
         current = torch.cuda.current_stream(self._device)
         for stream in self._streams:
             stream.wait_stream(current)

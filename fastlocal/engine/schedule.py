@@ -43,6 +43,16 @@ class StepSchedule:
     plan: Pipeline
     reasons: dict[str, str] = field(default_factory=dict)
 
+    def within_a_round(self) -> tuple[list[list[int]], list[int]]:
+        """Per task, which tasks of the same round wait for it, and for how many it waits itself."""
+        after: list[list[int]] = [[] for _ in self.tasks]
+        waits = [0] * len(self.tasks)
+        stage = self.plan.stage
+        for u, v in {(u, v) for u, v, distance in self.edges if stage[u] == stage[v] + distance}:
+            after[u].append(v)
+            waits[v] += 1
+        return after, waits
+
 
 def make_schedule(
     kind: str,
