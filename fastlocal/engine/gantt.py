@@ -191,7 +191,9 @@ def summary(schedule: Scheduled) -> list[str]:
     plan, work = schedule.plan, busy(schedule)
     total = sum(work)
     ratio = total / plan.period if plan.period > 0 else 1.0
-    idle = ", ".join(f"{s}: {_share(1 - w / plan.period) if plan.period > 0 else '0 %'}" for s, w in enumerate(work))
+    idle = ", ".join(
+        f"{s}: {_share(max(0.0, 1 - w / plan.period)) if plan.period > 0 else '0 %'}" for s, w in enumerate(work)
+    )
     return [
         _headline(schedule),
         f"a round takes {_ms(plan.period)} ms, its tasks one after another {_ms(total)} ms: {ratio:.2f} x",
@@ -331,7 +333,7 @@ def draw(found: Timeline, path: str | Path) -> None:
         if i == 0:
             axes.set_title("one full round" if found.rounds else "a part at large", fontsize=10, loc="left")
     panels[-1].set_xlabel("ms", fontsize=10)
-    kinds = [kind for kind in _KINDS if any(span.kind == kind for span in found.spans)]
+    kinds = [kind for kind in _KINDS if any(span.kind == kind and span.seconds > 0 for span in found.spans)]
     keys = [
         Patch(facecolor=_shade("#777777", _KINDS[kind][0]), hatch=_KINDS[kind][1], edgecolor="white", label=kind)
         for kind in kinds
@@ -354,7 +356,7 @@ def _strips(found: Timeline) -> list[tuple[float, float]]:
     if found.zoom is None:
         return []
     a, b = found.zoom
-    inside = [span for span in found.spans if a <= span.start < b and span.kind not in _MESSAGES]
+    inside = [span for span in found.spans if a <= span.start < b and span.kind not in _MESSAGES and span.seconds > 0]
     fullest = max((sum(1 for _ in _runs(inside, row)) for row in range(len(found.rows))), default=0)
     lines = max(1, math.ceil(fullest / _PER_STRIP))
     return [(a + (b - a) * i / lines, a + (b - a) * (i + 1) / lines) for i in range(lines)]
@@ -393,11 +395,11 @@ def _panel(axes: Axes, found: Timeline, a: float, b: float) -> None:
             edgecolors="white" if wide else "none", linewidths=0.3 if wide else 0.0,
         )  # fmt: skip
     for row in range(len(found.rows)):
-        work = [span for span in shown if span.kind not in _MESSAGES]
+        work = [span for span in shown if span.kind not in _MESSAGES and span.seconds > 0]
         labels = [(start, end, _label(block)) for start, end, block in _runs(work, row)]
-        fits = [_fits(min(b, end) - max(a, start), text, inches) for start, end, text in labels]
-        if sum(fits) < 0.8 * len(fits):  # one label for all blocks of a step that follow one another
-            labels = [(start, end, text) for start, end, text in _ranges(work, row)]
+        sizes = [(min(b, end) - max(a, start), text) for start, end, text in labels]
+        if sum(size for size, text in sizes if _fits(size, text, inches)) < 0.7 * sum(size for size, _ in sizes):
+            labels = [(start, end, text) for start, end, text in _ranges(work, row)]  # one for the blocks of a step
         for start, end, text in labels:
             left, right = max(a, start), min(b, end)
             if _fits(right - left, text, inches):
@@ -427,7 +429,12 @@ def _ranges(spans: Iterable[Span], row: int) -> Iterable[tuple[float, float, str
     found: list[list[Span]] = []
     for span in spans:
         if span.row == row:
-            if not found or found[-1][-1].step != span.step or found[-1][-1].round != span.round:
+            previous = found[-1][-1] if found else span
+            if (
+                not found
+                or (previous.step, previous.round) != (span.step, span.round)
+                or span.start > previous.end + span.seconds
+            ):
                 found.append([])
             found[-1].append(span)
     for run in found:
@@ -435,7 +442,9 @@ def _ranges(spans: Iterable[Span], row: int) -> Iterable[tuple[float, float, str
         yield run[0].start, run[-1].end, _label(first) if first == last else f"{max(0, first)}-{last}"
 
 
-def _shade(color: str, share: float) -> tuple[float, ...]:
+def _shade(color: str, share: float) -> tuple[float, float, float]:
     """Mixed with white where ``share`` is below 1, with black where it is negative."""
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return tuple(part * -share if share < 0 else 1 - (1 - part) * share for part in parts)
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    if share < 0:
+        return -share * red, -share * green, -share * blue
+    return 1 - (1 - red) * share, 1 - (1 - green) * share, 1 - (1 - blue) * share

@@ -10,9 +10,11 @@ import bisect
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -32,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count
 
+from fastlocal.blocks.adapters import SliceAdapter
 from fastlocal.blocks.batch import first_tensor
 from fastlocal.blocks.measure import (
     _MORE_FLOPS,
@@ -41,12 +44,17 @@ from fastlocal.blocks.measure import (
     _launches,
     _tensors,
 )
-from fastlocal.blocks.partition import Units
+from fastlocal.blocks.partition import Units, find_units
 from fastlocal.blocks.types import StepContext
+from fastlocal.engine import gantt
 from fastlocal.engine.engine import PRECISIONS, Engine
+from fastlocal.engine.flight import Flight
 from fastlocal.engine.localize import _all_slots, _Builder, _put_back, localize, parse_bytes, prepare
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import OptimizerFactory
+from fastlocal.engine.schedule import SCHEDULES, StepSchedule, make_schedule, refusal
+from fastlocal.engine.simulate import Comparison, Cost, compare, simulate
+from fastlocal.engine.tasks import StepTasks, compile_step
 from fastlocal.errors import ArgumentError, BackendError, did_you_mean
 from fastlocal.ops._dispatch import as_on_gpu
 
@@ -159,6 +167,9 @@ class Plan:
         engine_bytes: what the engine keeps between steps (copies of BatchNorm statistics, flags).
         batch_bytes: the batch itself.
         blocks: per block.
+        costs: per block, as `fastlocal.engine.simulate` takes them.
+        schedule: the tasks of a step with their seconds and bytes, and how they are run. Its ``plan.period`` is the predicted
+            time of a step under it. The bytes are those of the step's own tasks and of the batch.
     """
 
     method: str
@@ -170,6 +181,11 @@ class Plan:
     engine_bytes: int = 0
     batch_bytes: int = 0
     blocks: list[BlockPlan] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list, repr=False)
+    schedule: StepSchedule | None = field(default=None, repr=False)
+    _one_order: str = field(default="", repr=False)  # why steps can only be run in sequence
+    _behind: str = field(default="", repr=False)  # why blocks cannot stand one behind the other on ranks
+    _stages: Callable[[int], Plan] | None = field(default=None, repr=False, compare=False)
 
     @property
     def resident_bytes(self) -> int:
@@ -178,7 +194,9 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes alive at any moment of a step."""
+        """Most bytes alive at any moment, by the schedule."""
+        if self.schedule is not None and self.schedule.kind != "sequential":
+            return self.resident_bytes - self.batch_bytes + self.schedule.plan.peak_bytes
         return self.resident_bytes + max(b.peak_bytes for b in self.blocks)
 
     @property
@@ -208,6 +226,142 @@ class Plan:
             return self.device.memory is None or self.peak_bytes <= self.device.memory
         return self.peak_bytes <= parse_bytes(budget)
 
+    def simulate(
+        self,
+        ranks: int,
+        *,
+        bandwidth: float = math.inf,
+        latency: float = 0.0,
+        microbatches: int | None = None,
+        straggler: Mapping[int, float] | Sequence[float] | None = None,
+        jitter: float = 0.0,
+        seed: int = 0,
+        overlap: bool = True,
+        buffers: int = 2,
+        steps: int | None = None,
+    ) -> Comparison:
+        """This step on many ranks: its blocks as a pipeline, beside the same network under GPipe and 1F1B.
+
+        Blocks have this plan's seconds and bytes. Those of back-propagation are planned for the same network under "bp", unit
+        by unit, for a micro-batch as it is: what a small batch cannot fill is not made up for. See docs/schedules.md for what
+        is left out.
+
+        Args:
+            ranks: devices of the plan's kind, in a chain.
+            bandwidth, latency: of the links: bytes per second, and seconds.
+            microbatches: of back-propagation, equal parts of the batch; default the power of two, up to four for each rank,
+                with the shortest step under 1F1B.
+            straggler, jitter, seed, overlap, buffers, steps: as for `fastlocal.engine.simulate.simulate`.
+
+        Returns:
+            A `Comparison`; ``print`` it, or draw one of its ``runs``. It has no "local" for plans of "bp", and for methods
+            whose blocks need something of the blocks behind them.
+
+        Raises:
+            ArgumentError: a value out of range, more ranks than blocks or units, or micro-batches that do not divide the
+                batch evenly, or have one row where there is BatchNorm.
+            BackendError: for a network that is cut by hooks, or a plan without its network (unpickled).
+        """
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+            raise ArgumentError(f"ranks: expected an integer of at least 1, got {ranks!r}")
+        if microbatches is not None:
+            if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+                raise ArgumentError(f"microbatches: expected an integer of at least 1, got {microbatches!r}")
+            if self.rows % microbatches:
+                raise ArgumentError(
+                    f"microbatches: {microbatches} do not divide a batch of {self.rows} rows evenly; give a divisor of it"
+                )
+        if self._stages is None:
+            raise BackendError("simulate: this plan has lost its network; make it anew with fastlocal.plan")
+        machine: dict[str, Any] = {
+            "ranks": ranks, "bandwidth": bandwidth, "latency": latency, "overlap": overlap, "straggler": straggler,
+            "jitter": jitter, "seed": seed, "steps": steps,
+        }  # fmt: skip
+        whole = micro = self._stages(self.rows).costs
+        if microbatches is None:
+            microbatches, micro = self._best_microbatches(whole, machine)
+        elif microbatches > 1:
+            micro = self._stages(self.rows // microbatches).costs
+        link = "free links" if bandwidth == math.inf else f"links of {bandwidth / 1e9:,.3g} GB/s"
+        title = (
+            f"{self.rows} rows on {ranks} rank{'s' * (ranks > 1)} of {self.device.name}, {link}, {latency * 1e6:,.3g} us; "
+            f"local: {self.method}, {len(self.blocks)} blocks; bp: {microbatches} micro-batches of "
+            f"{self.rows // microbatches} rows"
+        )
+        alone = self._behind or ("there is one block" if len(self.blocks) == 1 else "")
+        if alone:
+            title += f"\nno local pipeline: {alone}"
+        return compare(
+            None if alone else self.costs, whole, micro, title=title, microbatches=microbatches, buffers=buffers, **machine
+        )  # fmt: skip
+
+    def _best_microbatches(self, whole: list[Cost], machine: dict[str, Any]) -> tuple[int, list[Cost]]:
+        """1, 2, 4, ... of two rows or more, up to four for each rank: the number whose 1F1B step is the shortest."""
+        assert self._stages is not None
+        costs = {1: whole}
+        while (more := 2 * max(costs)) <= 4 * machine["ranks"] and self.rows % more == 0 and self.rows // more > 1:
+            costs[more] = self._stages(self.rows // more).costs
+        best = min(costs, key=lambda m: (simulate(costs[m], "1f1b", microbatches=m, **machine).seconds, m))
+        return best, costs[best]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stages": None}  # which holds the network
+
+    def with_schedule(
+        self,
+        schedule: str,
+        *,
+        streams: int = 2,
+        in_flight: int | None = None,
+        memory_budget: str | float | None = None,
+    ) -> Plan:
+        """The same step under another schedule; for the arguments see `plan`.
+
+        Where the schedule cannot serve the model, as in the engine, the result is sequential, and its text says why.
+
+        Raises:
+            ArgumentError: a value that is not valid, or a budget that no order of the tasks meets.
+            BackendError: ``"pipeline"`` with ``update="end"``, or a missing native extension.
+        """
+        if schedule not in SCHEDULES:
+            raise ArgumentError(f"schedule: got {schedule!r}. {did_you_mean(str(schedule), SCHEDULES)}")
+        for name, value in (("streams", streams), ("in_flight", 1 if in_flight is None else in_flight)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name}: expected an integer of at least 1, got {value!r}")
+        budget = None if memory_budget is None else parse_bytes(memory_budget)
+        old = self.schedule
+        assert old is not None
+        if schedule == "pipeline" and any(task.block < 0 for task in old.tasks):
+            raise BackendError(
+                "schedule: 'pipeline' updates a block while others are at other steps, but update='end' holds every update back to "
+                "the end of a step; use 'overlap', or update='immediate'"
+            )
+        if reason := self._one_order if schedule != "sequential" else "":
+            return replace(self, schedule=replace(old, reasons={schedule: reason}))
+        step = StepTasks(old.tasks, old.edges)
+        # on a GPU a backward runs on its forward's stream; on a CPU the engine takes the better of both
+        found = [
+            make_schedule(
+                schedule, step, old.cost, bytes_made=old.bytes_made, bytes_freed=old.bytes_freed, streams=streams,
+                in_flight=max(2, streams) if in_flight is None else in_flight, memory_budget=budget, by_block=by_block,
+            )
+            for by_block in ((True, False) if self.device.memory is None else (True,))
+        ]  # fmt: skip
+        return replace(self, schedule=min(found, key=lambda one: one.plan.period))
+
+    def draw_schedule(self, path: str | Path, steps: int | None = None) -> None:
+        """A Gantt picture of the schedule, from the first to the last of ``steps``; the format is the suffix of ``path``.
+
+        Raises BackendError without matplotlib.
+        """
+        assert self.schedule is not None
+        gantt.draw(gantt.timeline(self.schedule, steps), path)
+
+    def trace_schedule(self, path: str | Path, steps: int | None = None) -> None:
+        """The same as a Chrome trace, for Perfetto or chrome://tracing."""
+        assert self.schedule is not None
+        gantt.trace(gantt.timeline(self.schedule, steps), path)
+
     def to_text(self) -> str:
         """A table and its sums."""
         head = ("block", "last unit", "params", "boundary", "peak", "saved", "grads", "workspace", "GFLOP", "moved",
@@ -230,9 +384,15 @@ class Plan:
             ("parameters and buffers", self.parameter_bytes),
             ("optimizer", self.optimizer_bytes),
             ("engine", self.engine_bytes),
-            ("batch", self.batch_bytes),
-            (f"block {worst.index}", worst.peak_bytes),
         ]
+        scheduled: list[str] = []
+        if self.schedule is None or self.schedule.kind == "sequential":
+            parts += [("batch", self.batch_bytes), (f"block {worst.index}", worst.peak_bytes)]
+            if self.schedule is not None:
+                scheduled = [f"{name} cannot serve: {reason}" for name, reason in self.schedule.reasons.items()]
+        else:
+            parts.append(("batches and tasks in flight", self.schedule.plan.peak_bytes))
+            scheduled = gantt.summary(self.schedule)
         return "\n".join(
             [
                 f"{self.method}, {len(self.blocks)} blocks, {self.rows} rows, {self.precision}, on {self.device.name}; "
@@ -241,6 +401,7 @@ class Plan:
                 f"peak {_mib(self.peak_bytes)} MiB = " + " + ".join(f"{name} {_mib(n)}" for name, n in parts),
                 f"{self.flops / 1e9:,.1f} GFLOP, {_mib(self.bytes_moved)} MiB moved, {self.launches:,} launches, "
                 f"{self.seconds * 1e3:.2f} ms by the roofline of {self.device.name}",
+                *scheduled,
             ]
         )
 
@@ -318,6 +479,10 @@ def plan(
     precision: str = "32-true",
     update: Literal["immediate", "end"] = "immediate",
     memory_format: Literal["preserve", "channels_last"] = "preserve",
+    schedule: Literal["sequential", "overlap", "pipeline"] = "sequential",
+    streams: int = 2,
+    in_flight: int | None = None,
+    memory_budget: str | float | None = None,
     **options: Any,
 ) -> Plan:
     """Predicts memory, FLOPs, bytes moved, launches and time of one `Engine` step, in steady state.
@@ -336,15 +501,23 @@ def plan(
         budget: bytes or "16GiB", for ``blocks="auto"``.
         optimizer: "sgd", "momentum", "adam", or a function of a block's ``[(name, parameter)]`` as for `Engine`.
         precision, update, memory_format: as for `Engine`.
+        schedule: ``"sequential"``, ``"overlap"`` or ``"pipeline"``, as for `Engine`. The table of blocks is that of the
+            sequential step in every case; ``Plan.schedule`` and ``peak_bytes`` are the schedule's.
+        streams: tasks that may run at once, of other schedules than sequential. Each is taken to be as fast as alone.
+        in_flight: the most steps on their way at once, for ``"pipeline"``; default as many as streams, at least 2.
+        memory_budget: bytes or "4GiB" for what the tasks of the steps in flight hold, batches included; None for no limit.
 
     Returns:
         A `Plan`. Operators are those a CPU would run. Not in it: rounding and fragmentation of an allocator, workspace that a
         kernel takes and gives back, and what the CUDA context holds.
 
     Raises:
-        ArgumentError: an argument that does not exist or fit, or a budget that no number of blocks meets.
+        ArgumentError: an argument that does not exist or fit, or a budget that no number of blocks or no order meets.
+        BackendError: as `Plan.with_schedule`.
     """
     roof = _device(device)
+    if schedule not in SCHEDULES:
+        raise ArgumentError(f"schedule: got {schedule!r}. {did_you_mean(str(schedule), SCHEDULES)}")
     if memory_format not in ("preserve", "channels_last"):
         raise ArgumentError(f"memory_format: got {memory_format!r}; valid are 'preserve', 'channels_last'")
     if isinstance(optimizer, str) and optimizer not in _OPTIMIZERS:
@@ -355,8 +528,35 @@ def plan(
         raise ArgumentError("budget: goes with blocks='auto', and blocks='auto' with budget='16GiB'")
     factory = _OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     made = {"precision": precision, "update": update, "memory_format": memory_format}
+    found = _plan(model, sample, roof, rows, method, blocks, budget, factory, made, options)
+    kept: dict[str, Any] = {
+        key: options[key] for key in ("criterion", "batch", "num_classes", "tied") if key in options
+    }
+    found._stages = partial(_stages, model, sample, roof, factory, made, kept)
+    if schedule == "sequential" and memory_budget is None:
+        return found
+    return found.with_schedule(schedule, streams=streams, in_flight=in_flight, memory_budget=memory_budget)
+
+
+def _plan(
+    model: nn.Module | Callable[[], nn.Module],
+    sample: Any,
+    roof: Device,
+    rows: int | None,
+    method: str | None,
+    blocks: int | list[str] | Literal["auto"] | None,
+    budget: str | float | None,
+    factory: OptimizerFactory,
+    made: dict[str, Any],
+    options: dict[str, Any],
+) -> Plan:
     # Real tensors that no module registers, such as a method's constants, are let in.
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Reads(), torch.random.fork_rng(devices=[]):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
+        FakeCopyMode(fakes),
+        _Reads(),
+        torch.random.fork_rng(devices=[]),
+    ):
         net = _fake_model(model, fakes)
         batch = _fake_batch(sample, fakes)
         if isinstance(net, LocalModel):
@@ -376,6 +576,32 @@ def plan(
         return search.fewest(parse_bytes(budget), rows or given.shape[0], "budget")[1]
 
 
+def _stages(
+    model: nn.Module | Callable[[], nn.Module],
+    sample: Any,
+    roof: Device,
+    factory: OptimizerFactory,
+    made: dict[str, Any],
+    options: dict[str, Any],
+    rows: int,
+) -> Plan:
+    """The same network under back-propagation, with the costs of its units."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
+        FakeCopyMode(fakes),
+        _Reads(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        net = _fake_model(model, fakes)
+        batch = _fake_batch(sample, fakes)
+        if isinstance(net, LocalModel):
+            batch = _complete(net, batch)
+            options = {"criterion": net.criterion, "batch": net._batch, "num_classes": net.num_classes}
+            net = net.backbone
+        cut = localize(net, "bp", blocks=1, sample=_of_rows(batch, 2), **options)
+        return _plan_step(cut.train(), _of_rows(_complete(cut, batch), rows), factory, roof, made, fakes, units=True)
+
+
 # ------------------------------------------------------------------------------------------------- the number of blocks
 
 
@@ -392,7 +618,12 @@ def fewest_blocks(builder: _Builder, budget: int, rows: int | None) -> int:
     Raises ArgumentError where no count fits, or where the network cannot run on tensors without contents.
     """
     made = {"precision": "32-true", "update": "immediate", "memory_format": "preserve"}
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Reads(), torch.random.fork_rng(devices=[]):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
+        FakeCopyMode(fakes),
+        _Reads(),
+        torch.random.fork_rng(devices=[]),
+    ):
         own = copy.copy(builder)
         own.net, own.method = _fake_model(builder.net, fakes), copy.deepcopy(builder.method)
         if isinstance(own.criterion, nn.Module):
@@ -641,6 +872,7 @@ class _Storages(StorageTracker):
         self.gradients = 0
         self.limit: int | None = None
         self.block: BlockPlan | None = None
+        self.part: _Part | None = None
 
     def enter(self, block: BlockPlan) -> None:
         self.block, self.gradients = block, 0
@@ -649,6 +881,8 @@ class _Storages(StorageTracker):
 
     def _grow(self, nbytes: int) -> None:
         super()._grow(nbytes)
+        if self.part is not None:
+            self.part.peak = max(self.part.peak, self.current)
         block = self.block
         if block is None:
             return
@@ -685,6 +919,11 @@ class _Roofline(LaunchCounter):
         super().__init__()
         self.roof = device
         self.block: BlockPlan | None = None
+        self.part: _Part | None = None
+        self.unit: tuple[int, str] | None = None  # of a network of one block: which unit runs, and what of it
+        self.units: dict[tuple[int, str], float] = defaultdict(float)  # seconds
+        self.boundary = 0, 0  # the block that reads it, and its storage
+        self.writes_input: set[int] = set()  # blocks whose forward changes it in place
 
     def _is_leaf(self, func: Any) -> bool:
         return func.overloadpacket in flop_registry or super()._is_leaf(func)
@@ -698,7 +937,19 @@ class _Roofline(LaunchCounter):
         block.flops += flops
         block.bytes_moved += moved
         block.launches += launches
-        block.seconds += self._seconds(func, flops, moved, launches, size, dtype)
+        seconds = self._seconds(func, flops, moved, launches, size, dtype)
+        block.seconds += seconds
+        if self.part is not None:
+            self.part.seconds += seconds
+        if self.unit is not None:
+            self.units[self.unit] += seconds
+        if func._schema.is_mutable and self.part is not None:
+            reader, storage = self.boundary
+            written = (a for a, info in zip(args, func._schema.arguments) if info.is_write)
+            if (self.part.kind, self.part.block) == ("forward", reader) and any(
+                t.untyped_storage()._cdata == storage for t in _tensors(*written)
+            ):
+                self.writes_input.add(reader)
 
     def _seconds(
         self, func: Any, flops: int, moved: int, launches: int, size: float, dtype: torch.dtype | None
@@ -756,14 +1007,151 @@ def _rate(curve: Curve, size: float) -> float:
 
 
 class _Watched(Engine):
-    """Says which block runs."""
+    """Says which block and which task runs."""
 
     on_enter: Callable[[int], None] | None = None
+    on_begin: Callable[[str, int], None] | None = None
+    on_hand_off: Callable[[int, Tensor], None] | None = None
 
     def _enter(self, k: int) -> None:
         super()._enter(k)
-        if self.on_enter is not None:
+        if self.on_enter is not None and self.on_begin is not None:
             self.on_enter(k)
+            self.on_begin("forward", k)
+
+    def _begin(self, kind: str, k: int) -> None:
+        super()._begin(kind, k)
+        if self.on_begin is not None:
+            self.on_begin(kind, k)
+
+    def _hand_off(self, flight: Flight, k: int, h: Tensor, keep: bool) -> Tensor:
+        after = super()._hand_off(flight, k, h, keep)
+        if self.on_hand_off is not None:
+            self.on_hand_off(k, after)
+        return after
+
+
+@dataclass
+class _Part:
+    """A stretch of a step: one task."""
+
+    kind: str
+    block: int
+    seconds: float = 0.0
+    before: int = 0  # bytes alive when it begins
+    peak: int = 0
+    after: int = 0  # when the next one begins
+
+
+class _Parts:
+    """Cuts a step into its tasks: bytes and seconds of each, in the order in which they ran."""
+
+    def __init__(self, storages: _Storages, roofline: _Roofline):
+        self.storages, self.roofline = storages, roofline
+        self.found: list[_Part] = []
+
+    def begin(self, kind: str, k: int) -> None:
+        self.end()
+        now = self.storages.current
+        if not self.found or (self.found[-1].kind, self.found[-1].block) != (kind, k):
+            self.found.append(_Part(kind, k, before=now, peak=now))
+        self.storages.part = self.roofline.part = self.found[-1]
+
+    def end(self) -> None:
+        if self.found:
+            self.found[-1].after = self.storages.current
+
+    def per_task(self, step: StepTasks, batch_bytes: int) -> tuple[list[float], list[int], list[int]]:
+        """Seconds, bytes made and bytes freed of every task, so that in sequence what is alive is what was tracked.
+
+        What a task makes is how far it goes above what was alive before it; it frees what is gone when it ends. The batch
+        lives from the first task to the last, and what the step leaves behind is counted to it.
+        """
+        count = len(step.tasks)
+        seconds, made, freed = [0.0] * count, [0] * count, [0] * count
+        ran: dict[int, list[_Part]] = defaultdict(list)
+        at = 0
+        for part in self.found:
+            while (step.tasks[at].kind, step.tasks[at].block) != (part.kind, part.block):
+                at += 1
+            ran[at].append(part)
+        for i, parts in ran.items():
+            peak = max(part.peak for part in parts)
+            seconds[i] = sum(part.seconds for part in parts)
+            made[i], freed[i] = peak - parts[0].before, peak - parts[-1].after
+        made[0] += batch_bytes
+        freed[-1] += sum(made) - sum(freed)
+        return seconds, made, freed
+
+    def costs(self, blocks: Sequence[BlockPlan], inputs: Sequence[int]) -> list[Cost]:
+        """Per block; links count to the update."""
+        seconds: Counter[tuple[str, int]] = Counter()
+        for part in self.found:
+            kind = part.kind if part.kind in ("forward", "head", "backward") else "update"
+            seconds[kind, part.block] += part.seconds  # type: ignore[assignment]
+        together = seconds["update", -1] / len(blocks)
+        return [
+            Cost(
+                seconds["forward", k], seconds["backward", k], seconds["head", k], seconds["update", k] + together,
+                b.boundary_bytes, max(0, b.most_saved_bytes - b.boundary_bytes - inputs[k]), b.name,
+            )
+            for k, b in enumerate(blocks)
+        ]  # fmt: skip
+
+
+class _ByUnit:
+    """Cuts a step of one block, which is back-propagation, into its units: what a stage of a pipeline would be made of.
+
+    The seconds of all add up to those of the step. The backward of a unit begins when the gradient at its output is there.
+    """
+
+    def __init__(self, names: list[str], fns: list[tuple[Any, ...]], roofline: _Roofline, saved: SavedBytes):
+        self.names, self.roofline, self.saved = names, roofline, saved
+        self.parameters: Counter[int] = Counter()
+        self.sizes: dict[int, tuple[int, int]] = {}  # of the output, and what is saved beside input and output
+        self.adapter = SliceAdapter([tuple(partial(self._run, i, own) for i, own in enumerate(fns))])
+        roofline.unit = 0, "forward"
+
+    def _run(self, i: int, fns: tuple[Any, ...], x: Any) -> Any:
+        self.roofline.unit = i, "forward"
+        held = set(self.saved._held)
+        h = x
+        for fn in fns:
+            h = fn(h)
+        out = first_tensor(h)
+        assert out is not None
+        own = {key: size for key, (_, size) in self.saved._held.items() if key not in held}
+        for t in (first_tensor(x), out):
+            assert t is not None
+            own.pop(t.untyped_storage()._cdata, None)
+        self.sizes[i] = out.numel() * out.element_size(), sum(own.values())
+        if out.requires_grad:
+            out.register_hook(partial(self._backward, i))
+        return h
+
+    def _backward(self, i: int, grad: Tensor) -> None:
+        self.roofline.unit = i, "backward"
+
+    def begin(self, kind: str) -> None:
+        if kind in ("backward", "update"):
+            self.roofline.unit = len(self.names) - 1, kind
+
+    def accumulated(self, p: Tensor) -> None:
+        assert self.roofline.unit is not None
+        self.parameters[self.roofline.unit[0]] += p.numel()
+
+    def costs(self) -> list[Cost]:
+        """Per unit; the update is shared out by parameters."""
+        seconds = self.roofline.units
+        update = seconds[len(self.names) - 1, "update"]
+        whole = max(1, self.parameters.total())
+        return [
+            Cost(
+                seconds[i, "forward"], seconds[i, "backward"], 0.0, update * self.parameters[i] / whole,
+                *self.sizes[i], name,
+            )
+            for i, name in enumerate(self.names)
+        ]  # fmt: skip
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
@@ -778,7 +1166,10 @@ def _plan_step(
     made: dict[str, Any],
     fakes: FakeTensorMode,
     limit: int | None = None,
+    *,
+    units: bool = False,
 ) -> Plan:
+    """``units``: of a model of one block, `Plan.costs` are those of the network's units."""
     x = first_tensor(batch)
     assert x is not None
     if made["memory_format"] == "channels_last":  # not by Module.to, which cannot swap fake parameters
@@ -789,7 +1180,7 @@ def _plan_step(
     weights = [*model.parameters(), *model.buffers()]
     before = StorageTracker()
     with before:
-        engine = _Watched(model, optimizer, precision=made["precision"], update=made["update"])
+        engine = _Watched(model, optimizer, schedule="sequential", precision=made["precision"], update=made["update"])
         engine_bytes = before.current
         engine._guard.waits = device.memory is not None  # a device's step reads no flag, a host's reads each
         engine.steps = 1  # and looks at the targets' values in its first step only
@@ -813,25 +1204,70 @@ def _plan_step(
     if limit is not None:
         storages.limit = limit - plan.resident_bytes
 
+    parts = _Parts(storages, roofline)
+    by_unit = None
+    if units:
+        found = find_units(model.backbone, (x,), {})
+        if found.fns is None:
+            raise BackendError(
+                f"simulate: {type(model.backbone).__name__} is cut by hooks, so that it is not known where back-propagation could be "
+                "cut into stages; give it units() and readout()"
+            )
+        by_unit = _ByUnit(found.names, found.fns, roofline, saved)
+        model._adapter = by_unit.adapter
+
     def enter(k: int) -> None:
         storages.enter(plan.blocks[k])
         roofline.block = plan.blocks[k]
 
+    def begin(kind: str, k: int) -> None:
+        parts.begin(kind, k)
+        if by_unit is not None:
+            by_unit.begin(kind)
+
     def accumulated(p: Tensor) -> None:
         storages.gradients += p.numel() * p.element_size()
+        if by_unit is not None:
+            by_unit.accumulated(p)
 
-    engine.on_enter = enter
+    def hand_off(k: int, after: Tensor) -> None:
+        roofline.boundary = k + 1, after.untyped_storage()._cdata
+
+    engine.on_enter, engine.on_begin, engine.on_hand_off = enter, begin, hand_off
     hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in model.parameters() if p.requires_grad]
     roofline.block = storages.block = plan.blocks[0]  # what the step begins with
     gc.collect()
+    parts.begin("forward", 0)
     try:
         # a device's step calls the fused operators, a host's the plain modules
         with nullcontext() if device.memory is None else as_on_gpu(), storages, roofline, saved:
             engine.step(batch)
+            parts.end()
     finally:
         for hook in hooks:
             hook.remove()
+    inputs = [0, *(b.boundary_bytes for b in plan.blocks)]
+    casts = engine._cast is not None
+    step = compile_step(model, made["update"], casts=casts, writes_input=roofline.writes_input)
+    plan._one_order = refusal(model, casts=casts) or ""
+    plan._behind = _needs_what_is_behind(model, step)
+    cost, more, less = parts.per_task(step, plan.batch_bytes)
+    plan.schedule = make_schedule("sequential", step, cost, bytes_made=more, bytes_freed=less)
+    plan.costs = parts.costs(plan.blocks, inputs) if by_unit is None else by_unit.costs()
     return plan
+
+
+def _needs_what_is_behind(model: LocalModel, step: StepTasks) -> str:
+    """Why blocks cannot stand on ranks one behind the other with messages forward only; empty where they can."""
+    if model.summed:
+        return f"{model.method.name!r} has no gradient border"
+    if any(task.block < 0 for task in step.tasks):
+        return "update='end' holds every update back to the end of the step"
+    for u, v, _ in step.edges:
+        before, after = step.tasks[u], step.tasks[v]
+        if before.block > after.block and after.kind != "free":
+            return f"'{after.name}' needs '{before.name}', which is behind it"
+    return ""
 
 
 def _boundary_size(engine: Engine) -> int:

@@ -195,7 +195,8 @@ def assign(seconds: Sequence[float], ranks: int) -> list[tuple[int, int]]:
         raise ArgumentError(f"ranks: {ranks} ranks for {len(seconds)} blocks; give at most one rank per block")
 
     def cut(limit: float) -> list[tuple[int, int]] | None:
-        spans, first, load = [], 0, 0.0
+        spans: list[tuple[int, int]] = []
+        first, load = 0, 0.0
         for k, own in enumerate(seconds):
             # the ranks that follow need a block each
             if k > first and (load + own > limit or len(seconds) - k == ranks - 1 - len(spans)):
@@ -422,6 +423,7 @@ class _Run:
                 work[task.span.row][task.span.step] += task.seconds
         half = steps // 2
         seconds = (done[-1] - done[half - 1]) / (steps - half)
+        fill = done[-1] - steps * seconds
         idle = [1 - sum(own[half:]) / (steps - half) / seconds if seconds else 0.0 for own in work]
         return Simulation(
             schedule,
@@ -429,7 +431,7 @@ class _Run:
             microbatches,
             steps,
             seconds,
-            done[-1] - steps * seconds,
+            fill if fill > 1e-9 * done[-1] else 0.0,  # rounding
             tuple(max(0.0, share) for share in idle),  # rounding
             {link: nbytes // steps for link, nbytes in sorted(self.sent.items())},
             tuple(self._peaks()),

@@ -4,58 +4,25 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 
 from fastlocal.engine import gantt
+from fastlocal.engine._native import Pipeline
+from fastlocal.engine.schedule import StepSchedule
 from fastlocal.engine.simulate import Cost, simulate
+from fastlocal.engine.tasks import Task
 from fastlocal.errors import ArgumentError
 
 MIB = 2**20
 
 
-class Pipeline(NamedTuple):
-    order: list
-    stage: list
-    stream: list
-    start: list
-    waits: list
-    period: float
-    in_flight: int
-    peak_bytes: int
-    pools: list
-    operations: int
+def _made(kind, tasks, cost, made, freed, streams, plan) -> StepSchedule:
+    return StepSchedule(kind, tasks, [], cost, made, freed, streams, plan)
 
 
-@dataclass
-class Task:
-    kind: str
-    block: int
-    random: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} {self.block}"
-
-
-@dataclass
-class _Schedule:
-    """What `gantt` reads of a `StepSchedule`."""
-
-    kind: str
-    tasks: list
-    cost: list
-    bytes_made: list
-    bytes_freed: list
-    streams: int
-    plan: Pipeline
-    reasons: dict = field(default_factory=dict)
-
-
-def _schedule() -> _Schedule:
+def _schedule() -> StepSchedule:
     """Two blocks on two streams, two steps in flight.
 
     stream 0, step t:    forward 0 (0-1 ms), update 0 (1-4 ms)
@@ -74,7 +41,7 @@ def _schedule() -> _Schedule:
         pools=[0, 1],
         operations=0,
     )
-    return _Schedule(
+    return _made(
         "pipeline", tasks, [0.001, 0.003, 0.002, 0.002], [3 * MIB, 0, 2 * MIB, 0], [0, 2 * MIB, 0, 3 * MIB], 2, plan
     )
 
@@ -104,7 +71,7 @@ def test_what_is_left_out_keeps_the_order_of_the_others() -> None:
     task = [Task("forward", k, False) for k in range(3)]
     # c (stage 0) waits for b (stage 1), which waits for a (stage 0); on three streams
     plan = Pipeline([0, 1, 2], [0, 1, 0], [0, 1, 2], [0.0, 2.0, 3.0], [[], [0], [1]], 4.0, 2, 0, [0, 1, 2], 0)
-    schedule = _Schedule("pipeline", task, [2.0, 1.0, 1.0], [0] * 3, [0] * 3, 3, plan)
+    schedule = _made("pipeline", task, [2.0, 1.0, 1.0], [0] * 3, [0] * 3, 3, plan)
     found = gantt.timeline(schedule, steps=1)
     assert _at(found, "forward", 2, 0) == (2, 0, 2.0, 3.0) and found.rounds == pytest.approx([0, 3, 4])
     assert found.zoom is None  # no round is full
@@ -112,7 +79,7 @@ def test_what_is_left_out_keeps_the_order_of_the_others() -> None:
 
 def test_a_sequential_schedule_is_one_round_a_step() -> None:
     plan = Pipeline([0, 1], [0, 0], [0, 0], [0.0, 1.0], [[], []], 3.0, 1, 0, [0], 0)
-    schedule = _Schedule(
+    schedule = _made(
         "sequential", [Task("forward", 0, False), Task("update", 0, False)], [1.0, 2.0], [0, 0], [0, 0], 1, plan
     )
     found = gantt.timeline(schedule)
@@ -225,13 +192,13 @@ def test_the_picture_shows_every_task_twice(monkeypatch, tmp_path) -> None:
     assert len(colors) == 3 * 2  # a hue for each step, a shade for each kind
 
 
-def _long(blocks: int) -> _Schedule:
+def _long(blocks: int) -> StepSchedule:
     tasks = [Task(kind, k, False) for k in range(blocks) for kind in ("forward", "head", "backward", "update")]
     cost = [{"forward": 1.0, "head": 0.3, "backward": 2.0, "update": 0.1}[task.kind] for task in tasks]
     start = [sum(cost[:u]) for u in range(len(tasks))]
     n = len(tasks)
     plan = Pipeline(list(range(n)), [0] * n, [0] * n, start, [[]] * n, sum(cost), 1, 0, list(range(blocks)), 0)
-    return _Schedule("sequential", tasks, cost, [0] * n, [0] * n, 1, plan)
+    return _made("sequential", tasks, cost, [0] * n, [0] * n, 1, plan)
 
 
 def test_a_long_round_is_cut_into_lines_and_numbers_stay_legible(monkeypatch, tmp_path) -> None:
