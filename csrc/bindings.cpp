@@ -16,30 +16,6 @@ namespace {
 using Doubles = py::array_t<double, py::array::c_style>;
 using Integers = py::array_t<std::int64_t, py::array::c_style>;
 
-py::tuple schedule(const Doubles& cost, const Integers& bytes_made, const Integers& bytes_freed, const Integers& edges,
-                   std::int64_t streams, std::optional<std::int64_t> memory_budget,
-                   const std::vector<std::string>& names) {
-  if (cost.ndim() != 1 || bytes_made.ndim() != 1 || bytes_freed.ndim() != 1 || edges.ndim() != 2 || edges.shape(1) != 2)
-    throw std::invalid_argument("cost, bytes_made and bytes_freed must have one dimension, edges the shape (edges, 2)");
-  if (bytes_made.size() != cost.size() || bytes_freed.size() != cost.size())
-    throw std::invalid_argument("bytes_made and bytes_freed must have one entry per cost");
-  const auto costs = cost.unchecked<1>();
-  const auto made = bytes_made.unchecked<1>(), freed = bytes_freed.unchecked<1>();
-  const auto pairs = edges.unchecked<2>();
-  std::vector<fastlocal::Task> tasks(cost.size());
-  for (py::ssize_t i = 0; i < cost.size(); ++i) tasks[i] = {costs(i), made(i), freed(i)};
-  std::vector<fastlocal::Edge> edge_list(edges.shape(0));
-  for (py::ssize_t e = 0; e < edges.shape(0); ++e) edge_list[e] = {pairs(e, 0), pairs(e, 1)};
-
-  fastlocal::Schedule result;
-  {
-    py::gil_scoped_release release;
-    result = fastlocal::schedule(tasks, edge_list, streams, memory_budget, names);
-  }
-  return py::make_tuple(result.order, result.stream, result.start, result.makespan, result.peak_bytes,
-                        result.operations);
-}
-
 py::tuple pipeline(const Doubles& cost, const Integers& bytes_made, const Integers& bytes_freed, const Integers& edges,
                    const Integers& group, const Integers& pinned, std::int64_t streams, std::int64_t in_flight,
                    std::optional<std::int64_t> memory_budget, const std::vector<std::string>& names) {
@@ -125,8 +101,6 @@ void bind_graph_executor(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native part of fastlocal; use it through fastlocal.engine._native.";
-  module.def("schedule", &schedule, py::arg("cost"), py::arg("bytes_made"), py::arg("bytes_freed"), py::arg("edges"),
-             py::arg("streams"), py::arg("memory_budget"), py::arg("names"));
   module.def("pipeline", &pipeline, py::arg("cost"), py::arg("bytes_made"), py::arg("bytes_freed"), py::arg("edges"),
              py::arg("group"), py::arg("pinned"), py::arg("streams"), py::arg("in_flight"), py::arg("memory_budget"),
              py::arg("names"));

@@ -9,12 +9,15 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 
 namespace fastlocal {
 namespace {
 
 constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
 constexpr std::int64_t kMost = kNever / 4;  // so that no sum or difference of byte counts overflows
+
+using Edge = std::pair<std::int64_t, std::int64_t>;  // first must end before second starts
 
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
@@ -23,19 +26,20 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
-// The plan, checked and with its edges packed by source.
+// Tasks, checked, and the edges inside one step or one round, packed by source.
 struct Plan {
   const std::vector<Task>& tasks;
   const std::vector<std::string>& names;
   std::int64_t size;
   std::vector<std::int64_t> first, next, waits;  // successors of i: next[first[i] .. first[i + 1]); edges into i
+  std::int64_t made = 0, freed = 0;
   std::int64_t operations = 0;
 
   Plan(const std::vector<Task>& given, const std::vector<Edge>& edges, const std::vector<std::string>& labels)
       : tasks(given), names(labels), size(static_cast<std::int64_t>(given.size())) {
     if (!names.empty() && names.size() != tasks.size())
       refuse("names has ", names.size(), " entries for ", size, " tasks; give one per task, or none");
-    std::int64_t total = 0;
+    double duration = 0;
     for (std::int64_t i = 0; i < size; ++i) {
       const Task& task = tasks[i];
       if (!std::isfinite(task.cost) || task.cost < 0)
@@ -43,19 +47,15 @@ struct Plan {
       if (task.bytes_made < 0 || task.bytes_freed < 0)
         refuse(task.bytes_made < 0 ? "bytes_made" : "bytes_freed", " of ", label(i), " is ",
                task.bytes_made < 0 ? task.bytes_made : task.bytes_freed, "; it must not be negative");
-      if (task.bytes_made > kMost - total) refuse("bytes_made adds up to more than ", kMost);
-      total += task.bytes_made;
+      if (task.bytes_made > kMost - made) refuse("bytes_made adds up to more than ", kMost);
+      if (task.bytes_freed > kMost - freed) refuse("bytes_freed adds up to more than ", kMost);
+      made += task.bytes_made, freed += task.bytes_freed;
+      duration += task.cost;
     }
+    if (!std::isfinite(duration)) refuse("cost adds up to ", duration, "; give it in a larger unit");
     first.assign(size + 1, 0);
     waits.assign(size, 0);
-    for (std::size_t e = 0; e < edges.size(); ++e) {
-      const auto [before, after] = edges[e];
-      if (before < 0 || before >= size || after < 0 || after >= size)
-        refuse("edges[", e, "] = (", before, ", ", after, ") is out of range; there are ", size,
-               " tasks, counted from 0");
-      ++first[before + 1];
-      ++waits[after];
-    }
+    for (const auto& [before, after] : edges) ++first[before + 1], ++waits[after];
     std::partial_sum(first.begin(), first.end(), first.begin());
     next.resize(edges.size());
     std::vector<std::int64_t> fill(first.begin(), first.end() - 1);
@@ -95,38 +95,13 @@ struct Plan {
     refuse("edges form a cycle of ", cycle.size(), ": ", text, label(cycle[0]), "; remove one of these dependencies");
   }
 
-  // Longest path of costs from the start of each task to the end of the plan.
-  std::vector<double> path_ahead() {
+  void refuse_cycles() {
     std::vector<std::int64_t> open = waits, order;
     for (std::int64_t i = 0; i < size; ++i)
       if (open[i] == 0) order.push_back(i);
     for (std::size_t at = 0; at < order.size(); ++at)
       release(order[at], open, [&](std::int64_t task) { order.push_back(task); });
     if (static_cast<std::int64_t>(order.size()) < size) refuse_cycle(open);
-    std::vector<double> ahead(size, 0);
-    for (auto at = order.rbegin(); at != order.rend(); ++at) {
-      for (std::int64_t e = first[*at]; e < first[*at + 1]; ++e, ++operations)
-        ahead[*at] = std::max(ahead[*at], ahead[next[e]]);
-      ahead[*at] += tasks[*at].cost;
-    }
-    return ahead;
-  }
-};
-
-struct Memory {
-  const Plan& plan;
-  std::int64_t alive = 0, peak = 0, peak_task = -1;
-
-  void start(std::int64_t task) {
-    alive += plan.tasks[task].bytes_made;
-    if (alive > peak) peak = alive, peak_task = task;
-  }
-  void end(std::int64_t task) {
-    const std::int64_t freed = plan.tasks[task].bytes_freed;
-    if (freed > alive)
-      refuse("bytes_freed of ", plan.label(task), " is ", freed, ", but only ", alive,
-             " bytes are alive when it ends; free only what it or its predecessors made");
-    alive -= freed;
   }
 };
 
@@ -142,10 +117,6 @@ class LeastTree {
   void set(std::int64_t position, std::int64_t value) { set(1, leaves_, position, value); }
   void add_before(std::int64_t end, std::int64_t value) { add_before(1, leaves_, end, value); }
   std::int64_t least_before(std::int64_t end) const { return least_before(1, leaves_, end); }
-  // The first position >= begin whose value is at most `limit`; -1 if there is none.
-  std::int64_t first_at_most(std::int64_t limit, std::int64_t begin) const {
-    return first_at_most(1, leaves_, limit, begin);
-  }
 
  private:
   static std::int64_t sum(std::int64_t value, std::int64_t added) { return value == kNever ? kNever : value + added; }
@@ -184,16 +155,6 @@ class LeastTree {
     const std::int64_t left = least_before(2 * node, width, end), right = least_before(2 * node + 1, width, end - width);
     return sum(std::min(left, right), added_[node]);
   }
-  std::int64_t first_at_most(std::int64_t node, std::int64_t width, std::int64_t limit, std::int64_t begin) const {
-    ++plan_.operations;
-    if (begin >= width || least_[node] > limit || least_[node] == kNever) return -1;
-    if (width == 1) return 0;
-    limit -= added_[node], width /= 2;
-    const std::int64_t left = first_at_most(2 * node, width, limit, begin);
-    if (left >= 0) return left;
-    const std::int64_t right = first_at_most(2 * node + 1, width, limit, begin - width);
-    return right >= 0 ? right + width : -1;
-  }
   Plan& plan_;
   std::vector<std::int64_t> least_, added_;
   std::int64_t leaves_ = 1;
@@ -231,75 +192,6 @@ class WayOut {
   std::int64_t head_ = 0;
   LeastTree slack_;
 };
-
-constexpr int kTries = 16;
-
-// Plays the plan through time; `by_rank` lists the tasks from the highest priority down. `way_out` is null without a
-// budget.
-Schedule play(Plan& plan, const std::vector<std::int64_t>& by_rank, std::int64_t streams, std::int64_t budget,
-              WayOut* way_out) {
-  using Running = std::pair<double, std::int64_t>;  // end, position in the order
-  auto later = [&plan](const Running& a, const Running& b) { return ++plan.operations, a > b; };
-  std::priority_queue<Running, std::vector<Running>, decltype(later)> running(later);
-  Memory memory{plan};
-  std::vector<std::int64_t> open = plan.waits, rank(plan.size), follows(plan.size, -1);
-  for (std::int64_t r = 0; r < plan.size; ++r) rank[by_rank[r]] = r;
-  LeastTree ready(plan);  // by rank: the bytes that a ready task needs
-  std::set<std::int64_t> idle;
-  for (std::int64_t s = 0; s < std::min(streams, plan.size); ++s) idle.insert(s);
-  for (std::int64_t i = 0; i < plan.size; ++i)
-    if (open[i] == 0) ready.set(rank[i], plan.tasks[i].bytes_made);
-
-  Schedule out;
-  out.stream.assign(plan.size, -1);
-  out.start.assign(plan.size, 0);
-  auto pick = [&]() -> std::int64_t {
-    const std::int64_t room = budget - memory.alive;
-    std::int64_t at = ready.first_at_most(room, 0);
-    for (int tries = 0; at >= 0; at = ready.first_at_most(room, at + 1)) {
-      if (!way_out || way_out->allows(by_rank[at])) return by_rank[at];
-      if (++tries < kTries) continue;  // enough: many ready tasks, all of which would keep too much
-      const std::int64_t head = way_out->head();
-      return open[head] == 0 && plan.tasks[head].bytes_made <= room ? head : -1;
-    }
-    return -1;
-  };
-
-  double now = 0;
-  while (true) {
-    while (!running.empty() && running.top().first <= now) {
-      const std::int64_t task = out.order[running.top().second];
-      running.pop();
-      memory.end(task);
-      idle.insert(out.stream[task]);
-      plan.release(task, open, [&](std::int64_t released) {
-        follows[released] = out.stream[task];
-        ready.set(rank[released], plan.tasks[released].bytes_made);
-      });
-    }
-    const std::int64_t task = idle.empty() ? -1 : pick();
-    if (task >= 0) {
-      auto stream = idle.find(follows[task]);
-      if (stream == idle.end()) stream = idle.begin();
-      out.stream[task] = *stream;
-      idle.erase(stream);
-      ready.set(rank[task], kNever);
-      if (way_out) way_out->start(task);
-      memory.start(task);
-      out.start[task] = now;
-      running.emplace(now + plan.tasks[task].cost, static_cast<std::int64_t>(out.order.size()));
-      out.order.push_back(task);
-    } else if (!running.empty()) {
-      now = running.top().first;
-    } else {
-      break;
-    }
-  }
-  if (static_cast<std::int64_t>(out.order.size()) < plan.size) throw std::logic_error("the scheduler stopped early");
-  out.makespan = now;
-  out.peak_bytes = memory.peak;
-  return out;
-}
 
 // A topological order for one stream: always the ready task with the least key, ties by index. The key may depend on
 // the number of tasks done when it became ready.
@@ -344,68 +236,69 @@ std::vector<std::vector<std::int64_t>> frugal_orders(Plan& plan, const std::vect
   };
 }
 
-}  // namespace
-
-Schedule schedule(const std::vector<Task>& tasks, const std::vector<Edge>& edges, std::int64_t streams,
-                  std::optional<std::int64_t> memory_budget, const std::vector<std::string>& names) {
-  if (streams < 1) refuse("streams is ", streams, "; give at least 1");
-  if (memory_budget && *memory_budget < 0) refuse("memory_budget is ", *memory_budget, "; it must not be negative");
-  Plan plan(tasks, edges, names);
-
-  const std::vector<double> ahead = plan.path_ahead();
-  std::vector<std::int64_t> by_rank(plan.size);
-  std::iota(by_rank.begin(), by_rank.end(), 0);
-  std::sort(by_rank.begin(), by_rank.end(), [&](std::int64_t a, std::int64_t b) {
-    return ++plan.operations, ahead[a] != ahead[b] ? ahead[a] > ahead[b] : a < b;
-  });
-
-  Schedule result;
-  if (!memory_budget) {
-    result = play(plan, by_rank, streams, kMost, nullptr);
-  } else {
-    const std::int64_t budget = std::min(*memory_budget, kMost);
-    std::vector<std::int64_t> frugal;
-    std::int64_t least = kNever, peak_task = -1;
-    for (auto& order : frugal_orders(plan, edges)) {
-      Memory memory{plan};
-      for (const std::int64_t task : order) memory.start(task), memory.end(task);
-      if (memory.peak >= least) continue;
-      least = memory.peak, peak_task = memory.peak_task, frugal = std::move(order);
-    }
-    if (least > budget)
-      refuse("memory_budget of ", budget, " bytes cannot be met: the least that any order tried needs is ", least,
-             ", at ", plan.label(peak_task), "; give ", least - budget, " bytes more, or use smaller tasks");
-    WayOut way_out(plan, std::move(frugal), budget);
-    result = play(plan, by_rank, streams, budget, &way_out);
-  }
-  result.operations = plan.operations;
-  return result;
-}
-
-// ---- Software pipelining -----------------------------------------------------------------------------------------
-
-namespace {
-
 using Index = std::int32_t;
 using Indices = std::vector<Index>;
 
-constexpr std::int64_t kSteady = 6;              // rotations tried for each depth of a large plan
+constexpr std::size_t kTries = 8;                // ready tasks looked at for one that fits the budget
+constexpr double kAsGood = 1.005;                // periods that differ by less count as equal
 constexpr std::int64_t kLocalTasks = 1000;       // plans up to this size are searched locally
-constexpr std::int64_t kLocalEffort = 2'000'000;  // tasks and edges visited by that search
+constexpr std::int64_t kLocalEffort = 500'000;  // tasks and edges visited by that search
 
 // A step's tasks and the dependencies that can bind with so many steps in flight; its groups as units, where a task
 // without a group is a unit of its own.
 struct Problem {
   const std::vector<Task>& tasks;
   Index size, streams, depth;
-  Indices first, to, distance;                    // dependencies of i: [first[i] .. first[i + 1])
+  Indices first, to, distance;                   // dependencies of i: [first[i] .. first[i + 1]), sorted, each once
   Indices came_first, came_from, came_distance;  // the same by their second task
-  Indices topological, place;                     // by least index; and where each task stands in it
-  Indices unit, pin;                              // unit of each task; stream of each unit, or -1
-  std::vector<double> load;                       // of each unit
-  Indices units_in_order;                         // by the place of their first task
-  double bound = 0;                               // no period is shorter
+  Indices topological, place;                    // by least index; and where each task stands in it
+  Indices unit, pin;                             // unit of each task; stream of each unit, or -1
+  std::vector<double> load;                      // of each unit
+  Indices units_in_order;                        // by the place of their first task
+  double bound = 0;                              // no period is shorter
   std::int64_t operations = 0;
+
+  // Dependencies that reach further back than the steps in flight never bind.
+  Problem(const std::vector<Task>& given, Index most_streams, Index most_depth, const std::vector<Dependency>& edges)
+      : tasks(given), size(static_cast<Index>(given.size())), streams(most_streams), depth(most_depth) {
+    first.assign(size + 1, 0);
+    for (const auto& edge : edges) first[edge.first + 1] += edge.distance < depth;
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    std::vector<std::pair<Index, Index>> packed(first[size]);
+    Indices fill(first.begin(), first.end() - 1);
+    for (const auto& edge : edges)
+      if (edge.distance < depth)
+        packed[fill[edge.first]++] = {static_cast<Index>(edge.second), static_cast<Index>(edge.distance)};
+    came_first.assign(size + 1, 0);
+    for (Index i = 0, begin = 0; i < size; ++i) {
+      const auto row = packed.begin() + begin, end = packed.begin() + first[i + 1];
+      begin = first[i + 1];
+      std::sort(row, end);
+      const auto last = std::unique(row, end);
+      for (auto at = row; at != last; ++at)
+        to.push_back(at->first), distance.push_back(at->second), ++came_first[at->first + 1];
+      first[i + 1] = static_cast<Index>(to.size());
+    }
+    std::partial_sum(came_first.begin(), came_first.end(), came_first.begin());
+    came_from.resize(to.size()), came_distance.resize(to.size());
+    fill.assign(came_first.begin(), came_first.end() - 1);
+    for (Index i = 0; i < size; ++i)
+      for (Index e = first[i]; e < first[i + 1]; ++e) {
+        const Index at = fill[to[e]]++;
+        came_from[at] = i, came_distance[at] = distance[e];
+      }
+    operations = size + 4 * static_cast<std::int64_t>(edges.size());
+  }
+
+  bool large() const { return size > kLocalTasks; }  // too large to try much
+
+  std::vector<Edge> same_step() const {
+    std::vector<Edge> edges;
+    for (Index i = 0; i < size; ++i)
+      for (Index e = first[i]; e < first[i + 1]; ++e)
+        if (distance[e] == 0) edges.emplace_back(i, to[e]);
+    return edges;
+  }
 };
 
 // A legal stage for every task, and one round of them played through time.
@@ -413,6 +306,7 @@ struct Round {
   Indices stage, stream, order;
   std::vector<double> start;
   double period = std::numeric_limits<double>::infinity();
+  bool by_index = true;  // which rule of urgency it comes from
 };
 
 bool shorter(double a, double b) { return a < b * (1 - 1e-9); }
@@ -485,6 +379,19 @@ Indices cut(Problem& problem, Index depth, bool whole_units) {
     close_gaps(stage);
   }
   return stage;
+}
+
+// The urgency of each task by which the sequential order is kept.
+std::vector<double> index_rule(const Problem& problem) {
+  std::vector<double> urgency;
+  for (const Index place : problem.place) urgency.push_back(-place);
+  return urgency;
+}
+
+Indices streams_of(const Problem& problem, const Round& round) {
+  Indices streams(problem.load.size(), 0);
+  for (Index task = 0; task < problem.size; ++task) streams[problem.unit[task]] = round.stream[task];
+  return streams;
 }
 
 // A stream for every unit: pieces of the sequential order of equal cost, or the longest unit first to the stream with
@@ -561,6 +468,10 @@ class Player {
     unassigned_.clear();
     running_.clear();
     idle_.assign(problem_.streams, true);
+    offering_.clear();
+    where_.assign(problem_.streams, -1);
+    lowest_.resize(problem_.streams);
+    std::iota(lowest_.begin(), lowest_.end(), 0);
     busy_ = 0;
     for (Index i = 0; i < size; ++i)
       if (open_[i] == 0) add(i, urgency);
@@ -570,7 +481,7 @@ class Player {
         const Index task = running_.front().second;
         std::pop_heap(running_.begin(), running_.end(), std::greater<Ending>());
         running_.pop_back();
-        idle_[out.stream[task]] = true, --busy_;
+        set_idle(out.stream[task]);
         room += problem_.tasks[task].bytes_freed;
         for (Index e = problem_.first[task]; e < problem_.first[task + 1]; ++e, ++problem_.operations)
           if (binds(stage, task, e) && --open_[problem_.to[e]] == 0) {
@@ -585,7 +496,7 @@ class Player {
         out.stream[task] = stream;
         out.start[task] = now;
         out.order.push_back(task);
-        idle_[stream] = false, ++busy_;
+        set_busy(stream);
         room -= problem_.tasks[task].bytes_made;
         if (way_out) way_out->start(task);
         running_.emplace_back(now + problem_.tasks[task].cost, task);
@@ -673,37 +584,74 @@ class Player {
   void add(Index task, const std::vector<double>& urgency) {
     const Index stream = stream_of_unit_[problem_.unit[task]];
     push(stream < 0 ? unassigned_ : own_[stream], task, urgency);
+    if (stream >= 0 && idle_[stream]) offer(stream);
   }
 
-  Index free_stream(Index wished) const {
+  void set_idle(Index stream) {
+    idle_[stream] = true, --busy_;
+    lowest_.push_back(stream);
+    std::push_heap(lowest_.begin(), lowest_.end(), std::greater<>());
+    if (!own_[stream].empty()) offer(stream);
+  }
+  void set_busy(Index stream) {
+    idle_[stream] = false, ++busy_;
+    withdraw(stream);
+  }
+  // Idle streams with ready tasks of their own, in any order.
+  void offer(Index stream) {
+    if (where_[stream] >= 0) return;
+    where_[stream] = static_cast<Index>(offering_.size());
+    offering_.push_back(stream);
+  }
+  void withdraw(Index stream) {
+    const Index at = where_[stream];
+    if (at < 0) return;
+    where_[offering_.back()] = at;
+    offering_[at] = offering_.back();
+    offering_.pop_back();
+    where_[stream] = -1;
+  }
+
+  Index free_stream(Index wished) {
     if (wished >= 0 && idle_[wished]) return wished;
-    return static_cast<Index>(std::find(idle_.begin(), idle_.end(), true) - idle_.begin());
+    while (!idle_[lowest_.front()]) {
+      std::pop_heap(lowest_.begin(), lowest_.end(), std::greater<>());
+      lowest_.pop_back();
+      ++problem_.operations;
+    }
+    return lowest_.front();
   }
 
-  // The heap with the most urgent task that an idle stream may take; null if there is none.
-  std::vector<Urgent>* best(const Round& out, const std::vector<double>& urgency) {
-    std::vector<Urgent>* found = nullptr;
-    auto consider = [&](std::vector<Urgent>& heap) {
-      while (!heap.empty() && out.stream[-heap.front().second] >= 0) pop(heap);  // it started as the way out
-      if (!heap.empty() && (!found || heap.front() > found->front())) found = &heap;
-    };
-    while (!unassigned_.empty()) {  // units that got a stream in the meantime
+  // The most urgent ready task that an idle stream may take, out of its heap; -1 if there is none.
+  Index next(const Round& out, const std::vector<double>& urgency) {
+    auto started = [&](Index task) { return out.stream[task] >= 0; };  // as the way out
+    while (!unassigned_.empty()) {
       const Index task = -unassigned_.front().second;
-      if (stream_of_unit_[problem_.unit[task]] < 0) break;
-      pop(unassigned_);
-      add(task, urgency);
+      if (started(task))
+        pop(unassigned_);
+      else if (stream_of_unit_[problem_.unit[task]] >= 0)
+        pop(unassigned_), add(task, urgency);  // its unit got a stream in the meantime
+      else
+        break;
     }
-    for (Index s = 0; s < problem_.streams; ++s, ++problem_.operations)
-      if (idle_[s]) consider(own_[s]);
-    consider(unassigned_);
-    return found;
+    std::vector<Urgent>* best = unassigned_.empty() ? nullptr : &unassigned_;
+    for (std::size_t at = 0; at < offering_.size(); ++problem_.operations) {
+      auto& heap = own_[offering_[at]];
+      while (!heap.empty() && started(-heap.front().second)) pop(heap);
+      if (heap.empty()) {
+        withdraw(offering_[at]);
+        continue;
+      }
+      if (!best || heap.front() > best->front()) best = &heap;
+      ++at;
+    }
+    return best ? pop(*best) : -1;
   }
 
   Index pick(const Round& out, std::int64_t room, WayOut* way_out, const std::vector<double>& urgency) {
     Index taken = -1;
     passed_.clear();
-    while (auto* heap = best(out, urgency)) {
-      const Index task = pop(*heap);
+    for (Index task; (task = next(out, urgency)) >= 0;) {
       if (!way_out || (problem_.tasks[task].bytes_made <= room && way_out->allows(task))) {
         taken = task;
         break;
@@ -726,7 +674,9 @@ class Player {
   std::vector<std::vector<Urgent>> own_;  // ready tasks of each stream
   std::vector<Urgent> unassigned_;        // ready tasks of units without a stream
   std::vector<Ending> running_;
-  std::vector<bool> idle_;
+  std::vector<char> idle_;
+  Indices offering_, where_;  // idle streams with ready tasks, and where each stands among them
+  Indices lowest_;            // heap of streams; those that are not idle any more are passed over
   Index busy_ = 0;
 };
 
@@ -746,87 +696,86 @@ class Dice {
 
 class Search {
  public:
-  explicit Search(Problem& problem) : problem_(problem), player_(problem) {
-    for (Index task = 0; task < problem.size; ++task) index_rule_.push_back(-problem.place[task]);
-  }
+  explicit Search(Problem& problem) : problem_(problem), player_(problem), index_rule_(index_rule(problem)) {}
 
-  // The best round found for each depth tried, from the least on.
+  // The shortest rounds found, some for each depth, from the least depth on. Those that take tasks by their place in the
+  // sequential order keep few blocks alive at a time; those that take the critical path first may be shorter.
   std::vector<Round> run() {
-    const double enough = problem_.bound * (problem_.size > kLocalTasks ? 1.001 : 1 + 1e-9);
+    enough_ = problem_.bound * (problem_.large() ? 1.001 : 1 + 1e-9);
     std::vector<Index> depths;
-    for (Index d = 1; d <= problem_.depth; d += d < 4 ? 1 : d / 2) depths.push_back(d);
+    for (Index d = 1; d <= problem_.depth; d += problem_.large() ? d : std::max<Index>(1, d / 2)) depths.push_back(d);
     if (depths.back() < problem_.depth) depths.push_back(problem_.depth);
     std::vector<Round> found;
     for (const Index depth : depths) {
-      best_ = Round();
-      bool stop = false;
-      auto attempt = [&](const Indices& stage, const Indices& streams, bool by_index = false) {
-        if (stop) return;
-        const auto& urgency = by_index ? index_rule_ : player_.critical_path(stage);
-        player_.play(stage, streams, urgency, trial_);
-        if (better(trial_, best_)) std::swap(best_, trial_);
-        stop = best_.period <= enough;
-      };
-      auto attempts = [&](const Indices& stage) {
-        if (problem_.streams == 1) return attempt(stage, problem_.pin, depth == 1);
-        attempt(stage, streams_in_pieces(problem_));
-        attempt(stage, streams_longest_first(problem_));
-        attempt(stage, problem_.pin);
-      };
-      attempts(cut(problem_, depth, true));
-      if (depth > 1) attempts(cut(problem_, depth, false));
-      if (problem_.streams > 1) {
-        rotate(depth, attempt);
-        if (problem_.size <= kLocalTasks && !stop) local(depth, kLocalEffort / static_cast<std::int64_t>(depths.size()), enough);
+      for (const bool by_index : {true, false}) {
+        by_index_ = by_index;
+        best_ = Round();
+        starts(cut(problem_, depth, true));
+        if (depth > 1) starts(cut(problem_, depth, false));
+        if (depth > 1) rotate(depth);
+        if (!problem_.large()) local(depth, kLocalEffort / 2 / static_cast<std::int64_t>(depths.size()));
+        found.push_back(best_);
+        found.back().by_index = by_index;
+        if (best_.period <= enough_) break;
       }
-      found.push_back(best_);
-      if (best_.period <= enough) break;
+      if (by_index_ && best_.period <= enough_) break;
     }
     return found;
   }
 
  private:
+  const std::vector<double>& urgency(const Indices& stage) {
+    return by_index_ ? index_rule_ : player_.critical_path(stage);
+  }
+
+  void attempt(const Indices& stage, const Indices& streams) {
+    if (best_.period <= enough_) return;
+    player_.play(stage, streams, urgency(stage), trial_);
+    if (better(trial_, best_)) std::swap(best_, trial_);
+  }
+
+  void starts(const Indices& stage) {
+    attempt(stage, streams_in_pieces(problem_));
+    if (problem_.streams == 1) return;
+    attempt(stage, streams_longest_first(problem_));
+    attempt(stage, problem_.pin);
+  }
+
   // Retimes the tasks of the first part of the best round to the end of the round before: all that a dependency binds
   // to stand before them is among them.
-  template <class Attempt>
-  void rotate(Index depth, Attempt attempt) {
-    if (depth == 1) return;
-    constexpr double kParts[kSteady] = {0.5, 0.25, 0.75, 0.125, 0.375, 0.0625};
+  void rotate(Index depth) {
+    constexpr double kParts[] = {0.5, 0.25, 0.75, 0.125, 0.375, 0.0625};
     for (const double part : kParts) {
-      Indices stage = best_.stage, streams = streams_of(best_);
+      if (problem_.large() && part != 0.5 && part != 0.25) return;
+      if (best_.period <= enough_) return;
+      Indices stage = best_.stage;
       for (Index task = 0; task < problem_.size; ++task) stage[task] -= best_.start[task] < part * best_.period;
       close_gaps(stage);
-      if (depth_of(stage) <= depth) attempt(stage, streams);
+      if (depth_of(stage) <= depth) attempt(stage, streams_of(problem_, best_));
     }
   }
 
-  Indices streams_of(const Round& round) const {
-    Indices streams(problem_.load.size(), 0);
-    for (Index task = 0; task < problem_.size; ++task) streams[problem_.unit[task]] = round.stream[task];
-    return streams;
-  }
-
   // Small random changes of stages, streams and urgencies; those that make the round no longer are kept.
-  void local(Index depth, std::int64_t effort, double enough) {
+  void local(Index depth, std::int64_t effort) {
     const std::int64_t end = problem_.operations + effort;
     const double scale = best_.period > 0 ? best_.period : 1;
     Indices stage, streams, here_stage, here_streams, movable;
     for (Index u = 0; u < static_cast<Index>(problem_.pin.size()); ++u)
       if (problem_.pin[u] < 0) movable.push_back(u);
-    std::vector<double> bias, here_bias(problem_.size, 0), urgency;
+    std::vector<double> bias, here_bias(problem_.size, 0), urgent;
     double here = 0;
     Index quiet = 0;
     const Index patience = 50 + 4 * problem_.size;
     auto restart = [&] {
-      here_stage = best_.stage, here_streams = streams_of(best_), here = best_.period, quiet = 0;
+      here_stage = best_.stage, here_streams = streams_of(problem_, best_), here = best_.period, quiet = 0;
       std::fill(here_bias.begin(), here_bias.end(), 0);
     };
     restart();
-    while (problem_.operations < end && best_.period > enough) {
+    while (problem_.operations < end && best_.period > enough_) {
       stage = here_stage, streams = here_streams, bias = here_bias;
       for (Index moves = 1 + dice_.below(3); moves > 0; --moves) {
         const Index task = dice_.below(problem_.size);
-        switch (dice_.below(depth > 1 ? 4 : 3)) {
+        switch (by_index_ + dice_.below((depth > 1 ? 4 : 3) - by_index_)) {
           case 0:
             bias[task] = scale * (dice_.below(65) - 32) / 32;
             break;
@@ -855,11 +804,11 @@ class Search {
         ++problem_.operations;
         continue;
       }
-      urgency = player_.critical_path(stage);
-      for (Index task = 0; task < problem_.size; ++task) urgency[task] += bias[task];
-      player_.play(stage, streams, urgency, trial_);
-      if (problem_.size <= 64) {
-        player_.line_up(stage, streams, urgency, second_);
+      urgent = urgency(stage);
+      for (Index task = 0; task < problem_.size; ++task) urgent[task] += bias[task];
+      player_.play(stage, streams, urgent, trial_);
+      if (!by_index_ && problem_.size <= 64) {
+        player_.line_up(stage, streams, urgent, second_);
         if (shorter(second_.period, trial_.period)) std::swap(trial_, second_);
       }
       const double period = trial_.period;
@@ -874,15 +823,17 @@ class Search {
 
   Problem& problem_;
   Player player_;
+  const std::vector<double> index_rule_;
   Dice dice_;
   Round best_, trial_, second_;
-  std::vector<double> index_rule_;
+  double enough_ = 0;
+  bool by_index_ = true;
 };
 
 // Most bytes alive at any dispatch of a full round, the steps that are in flight counted. Rounds that leave tasks out
-// have no more: what each step has alive at a time does not depend on the other steps, and is never negative, which is
-// checked. -1 if `check` is false and it were negative.
-std::int64_t peak_of(Problem& problem, const Plan& plan, const Round& round, bool check) {
+// have no more: what a step has alive does not depend on the other steps, and is never negative. With `plan` that is
+// checked.
+std::int64_t peak_of(Problem& problem, const Round& round, const Plan* plan = nullptr) {
   const Index depth = depth_of(round.stage);
   std::vector<std::int64_t> alive(depth + 1, 0);  // of the step whose tasks of this stage run now
   for (Index i = 0; i < problem.size; ++i)
@@ -893,8 +844,8 @@ std::int64_t peak_of(Problem& problem, const Plan& plan, const Round& round, boo
   std::priority_queue<Ending, std::vector<Ending>, std::greater<Ending>> running;
   auto end = [&](Index task) {
     const std::int64_t freed = problem.tasks[task].bytes_freed;
-    if (check && freed > alive[round.stage[task]])
-      refuse("bytes_freed of ", plan.label(task), " is ", freed, ", but only ", alive[round.stage[task]],
+    if (plan && freed > alive[round.stage[task]])
+      refuse("bytes_freed of ", plan->label(task), " is ", freed, ", but only ", alive[round.stage[task]],
              " bytes of its step are alive when it ends; free only what it or its predecessors made");
     alive[round.stage[task]] -= freed, total -= freed;
   };
@@ -918,53 +869,145 @@ std::int64_t carried(const Problem& problem, const Indices& stage) {
   return bytes;
 }
 
-// For every task: what it waits for on other streams. A wait may be dropped if it is implied in every round in which
-// both tasks run. Fewest tasks run beside them in a round that has just the stages between theirs; so each pair of
-// stages that a dependency joins is looked at on its own, with the last task of every stream known to have ended.
-std::vector<std::vector<std::int64_t>> waits_of(Problem& problem, const Round& round, Index streams) {
+// The rounds that keep the budget. One that does not is played again under it, if its tasks one after another, in some
+// order, keep it.
+std::vector<Round> fit(Problem& problem, const Plan& plan, std::vector<Round>& found, std::int64_t budget) {
+  const auto& tasks = problem.tasks;
+  const std::vector<double> by_index = index_rule(problem);
+  Player player(problem);
+  std::vector<Round> fitting;
+  Index tried = 0;
+  for (Round& round : found) {
+    const Index depth = depth_of(round.stage);
+    const bool one_step = depth == 1;
+    std::vector<Indices> stages{round.stage}, streams{streams_of(problem, round)};
+    if (depth > tried) {
+      if (!one_step && !problem.large()) stages.push_back(cut(problem, depth, true));
+      streams.push_back(problem.pin);
+      tried = depth;
+    }
+    if (peak_of(problem, round) <= budget) {
+      fitting.push_back(std::move(round));
+      continue;
+    }
+    for (const Indices& stage : stages) {
+      std::vector<Edge> binding;
+      for (Index u = 0; u < problem.size; ++u)
+        for (Index e = problem.first[u]; e < problem.first[u + 1]; ++e)
+          if (stage[u] == stage[problem.to[e]] + problem.distance[e]) binding.emplace_back(u, problem.to[e]);
+      Plan round_plan(tasks, binding, plan.names);
+      const std::int64_t base = carried(problem, stage);
+      std::vector<std::int64_t> frugal;
+      std::int64_t least = kNever, peak_task = -1;
+      for (auto& order : frugal_orders(round_plan, binding)) {
+        std::int64_t alive = base, peak = 0, where = -1;
+        for (const std::int64_t task : order) {
+          alive += tasks[task].bytes_made;
+          if (alive > peak) peak = alive, where = task;
+          alive -= tasks[task].bytes_freed;
+        }
+        if (peak < least) least = peak, peak_task = where, frugal = std::move(order);
+      }
+      if (least > budget && one_step)
+        refuse("memory_budget of ", budget, " bytes cannot be met: the least that any order tried needs is ", least,
+               ", at ", plan.label(peak_task), "; give ", least - budget, " bytes more, or use smaller tasks");
+      if (least <= budget)
+        for (const Indices& where : streams)
+          for (const auto* urgency : {&by_index, &player.critical_path(stage)}) {
+            if (problem.large() && (urgency == &by_index) != round.by_index) continue;
+            WayOut way_out(round_plan, frugal, budget - base);
+            fitting.emplace_back();
+            player.play(stage, where, *urgency, fitting.back(), budget - base, &way_out);
+          }
+      problem.operations += round_plan.operations;
+    }
+  }
+  return fitting;
+}
+
+// Of the rounds that are as good as the shortest, that with the lowest peak, then with the fewest steps in flight.
+Round choose(Problem& problem, std::vector<Round>& rounds) {
+  double shortest = std::numeric_limits<double>::infinity();
+  for (const Round& round : rounds) shortest = std::min(shortest, round.period);
+  Round* best = nullptr;
+  std::tuple<std::int64_t, Index, double> least;
+  for (Round& round : rounds) {
+    if (round.period > shortest * kAsGood) continue;
+    const std::tuple<std::int64_t, Index, double> key(peak_of(problem, round), depth_of(round.stage), round.period);
+    if (!best || key < least) best = &round, least = key;
+  }
+  return std::move(*best);
+}
+
+// For every task: what it waits for on other streams. `keep_order`: not only its dependencies, but all that has ended
+// when it starts. A wait may be dropped if it is implied in every round in which both tasks run. Fewest tasks run beside
+// them in a round that has just the stages between theirs; so each pair of stages is looked at on its own, with the last
+// task of every stream known to have ended.
+std::vector<std::vector<std::int64_t>> waits_of(Problem& problem, const Round& round, bool keep_order) {
+  const Index streams = problem.streams, depth = depth_of(round.stage);
   std::vector<std::vector<std::int64_t>> waits(problem.size);
   Indices at(problem.size);
-  std::vector<Indices> by_stage(depth_of(round.stage));
+  std::vector<Indices> by_stage(depth);
   for (Index p = 0; p < problem.size; ++p) {
     at[round.order[p]] = p;
     by_stage[round.stage[round.order[p]]].push_back(p);
   }
+  auto binds = [&](Index u, Index v, Index distance) {
+    return round.stage[u] == round.stage[v] + distance && round.stream[u] != round.stream[v];
+  };
   std::set<std::pair<Index, Index>> pairs;
-  for (Index u = 0; u < problem.size; ++u)
-    for (Index e = problem.first[u]; e < problem.first[u + 1]; ++e) {
-      const Index v = problem.to[e];
-      if (round.stage[u] == round.stage[v] + problem.distance[e] && round.stream[u] != round.stream[v])
-        pairs.emplace(round.stage[v], round.stage[u]);
-    }
+  if (keep_order) {
+    for (Index least = 0; least < depth; ++least)
+      for (Index most = least; most < depth; ++most) pairs.emplace(least, most);
+  } else {
+    for (Index u = 0; u < problem.size; ++u)
+      for (Index e = problem.first[u]; e < problem.first[u + 1]; ++e)
+        if (binds(u, problem.to[e], problem.distance[e])) pairs.emplace(round.stage[problem.to[e]], round.stage[u]);
+  }
   Indices ended, row(problem.size, -1), run, before;
+  std::vector<Indices> lines(streams);   // positions of the tasks of each stream so far
+  std::vector<std::size_t> over(streams);  // how many of them have ended
   for (const auto& [least, most] : pairs) {
     run.clear();
     for (Index s = least; s <= most; ++s) run.insert(run.end(), by_stage[s].begin(), by_stage[s].end());
     std::sort(run.begin(), run.end());
     ended.assign(run.size() * streams, -1);
-    Indices last(streams, -1);  // row of the last task of each stream so far
+    for (auto& line : lines) line.clear();
+    std::fill(over.begin(), over.end(), 0);
     for (Index r = 0; r < static_cast<Index>(run.size()); ++r) {
       const Index v = round.order[run[r]], own = round.stream[v];
       const auto mine = ended.begin() + static_cast<std::ptrdiff_t>(r) * streams;
-      if (last[own] >= 0)
-        std::copy_n(ended.begin() + static_cast<std::ptrdiff_t>(last[own]) * streams, streams, mine);
+      if (!lines[own].empty()) {
+        const Index last = row[round.order[lines[own].back()]];
+        std::copy_n(ended.begin() + static_cast<std::ptrdiff_t>(last) * streams, streams, mine);
+      }
       before.clear();
-      for (Index e = problem.came_first[v]; e < problem.came_first[v + 1]; ++e, ++problem.operations) {
-        const Index u = problem.came_from[e];
-        if (round.stage[u] == round.stage[v] + problem.came_distance[e] && round.stage[u] <= most &&
-            round.stream[u] != own)
-          before.push_back(at[u]);
+      if (keep_order) {
+        for (Index s = 0; s < streams; ++s, ++problem.operations) {
+          auto has_ended = [&](Index p) {
+            return round.start[round.order[p]] + problem.tasks[round.order[p]].cost <= round.start[v];
+          };
+          while (over[s] < lines[s].size() && has_ended(lines[s][over[s]])) ++over[s];
+          if (s != own && over[s] > 0) before.push_back(lines[s][over[s] - 1]);
+        }
+      } else {
+        for (Index e = problem.came_first[v]; e < problem.came_first[v + 1]; ++e, ++problem.operations) {
+          const Index u = problem.came_from[e];
+          if (binds(u, v, problem.came_distance[e]) && round.stage[u] <= most) before.push_back(at[u]);
+        }
       }
       std::sort(before.rbegin(), before.rend());
       for (const Index p : before) {
-        const Index u = round.order[p], stream = round.stream[u];
-        if (mine[stream] >= p) continue;
-        if (round.stage[v] == least && round.stage[u] == most) waits[v].push_back(u);
+        const Index u = round.order[p];
+        if (mine[round.stream[u]] >= p) continue;
+        if (std::min(round.stage[u], round.stage[v]) == least && std::max(round.stage[u], round.stage[v]) == most)
+          waits[v].push_back(u);
         const auto theirs = ended.begin() + static_cast<std::ptrdiff_t>(row[u]) * streams;
         for (Index s = 0; s < streams; ++s, ++problem.operations) mine[s] = std::max(mine[s], theirs[s]);
       }
       mine[own] = run[r];
-      row[v] = last[own] = r;
+      row[v] = r;
+      lines[own].push_back(run[r]);
     }
   }
   for (auto& list : waits) std::sort(list.begin(), list.end());
@@ -973,11 +1016,12 @@ std::vector<std::vector<std::int64_t>> waits_of(Problem& problem, const Round& r
 
 // Colours the lives of the groups of each stream, which are arcs on the circle of its round.
 std::vector<std::int64_t> pools_of(Problem& problem, const Round& round, const std::vector<std::int64_t>& group,
-                                   std::int64_t groups, Index streams) {
+                                   std::int64_t groups) {
   struct Life {
     Index group, from, last;  // positions in the round of its stream
     std::int64_t steps;       // borders of rounds between them
   };
+  const Index streams = problem.streams;
   std::vector<std::int64_t> pools(groups, 0);
   std::vector<Index> length(streams, 0), place(problem.size), first(groups, -1), last(groups, -1);
   auto sooner = [&](Index a, Index b) {
@@ -1064,7 +1108,6 @@ Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>&
   if (size >= std::numeric_limits<Index>::max() / 2 || edges.size() >= std::numeric_limits<Index>::max() / 2)
     refuse("there are ", size, " tasks and ", edges.size(), " edges; give fewer than ",
            std::numeric_limits<Index>::max() / 2, " of each");
-  std::vector<Edge> same_step;
   for (std::size_t e = 0; e < edges.size(); ++e) {
     const auto& [first, second, distance] = edges[e];
     if (first < 0 || first >= size || second < 0 || second >= size)
@@ -1073,19 +1116,15 @@ Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>&
     if (distance < 0)
       refuse("edges[", e, "] = (", first, ", ", second, ", ", distance,
              ") has a negative distance; a task can need only its own step or an earlier one");
-    if (distance == 0) same_step.emplace_back(first, second);
   }
-  Plan plan(tasks, same_step, names);
-  plan.path_ahead();  // finds cycles
-
-  const auto most_streams = static_cast<Index>(std::min(streams, std::max<std::int64_t>(size, 1)));
-  Problem problem{tasks, static_cast<Index>(size), 1, static_cast<Index>(std::clamp<std::int64_t>(in_flight, 1, std::max<std::int64_t>(size, 1))),
-                  {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-  std::int64_t made = 0, freed = 0, groups = 0;
+  const auto within = [size](std::int64_t value) {
+    return static_cast<Index>(std::min(value, std::max<std::int64_t>(size, 1)));
+  };
+  Problem problem(tasks, within(streams), within(in_flight), edges);
+  Plan plan(tasks, problem.same_step(), names);
+  plan.refuse_cycles();
+  std::int64_t groups = 0;
   for (std::int64_t i = 0; i < size; ++i) {
-    made += tasks[i].bytes_made;
-    if (tasks[i].bytes_freed > kMost - freed) refuse("bytes_freed adds up to more than ", kMost);
-    freed += tasks[i].bytes_freed;
     if (group[i] < -1 || group[i] >= size)
       refuse("group of ", plan.label(i), " is ", group[i], "; give -1 (none) or a number below that of the tasks, ",
              size);
@@ -1094,30 +1133,12 @@ Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>&
              streams);
     groups = std::max(groups, group[i] + 1);
   }
-  if (made != freed)
-    refuse("bytes_made adds up to ", made, " and bytes_freed to ", freed,
+  if (plan.made != plan.freed)
+    refuse("bytes_made adds up to ", plan.made, " and bytes_freed to ", plan.freed,
            "; a step must free all that it makes, else memory grows with every step");
-  if (made > kMost / problem.depth)
+  if (plan.made > kMost / problem.depth)
     refuse("bytes_made adds up to more than ", kMost / problem.depth, " for in_flight=", problem.depth);
-  problem.operations = size + static_cast<std::int64_t>(edges.size());
 
-  // Dependencies, packed. One that reaches further back than the steps in flight never binds.
-  problem.first.assign(size + 1, 0);
-  problem.came_first.assign(size + 1, 0);
-  for (const auto& [first, second, distance] : edges)
-    if (distance < problem.depth) ++problem.first[first + 1], ++problem.came_first[second + 1];
-  std::partial_sum(problem.first.begin(), problem.first.end(), problem.first.begin());
-  std::partial_sum(problem.came_first.begin(), problem.came_first.end(), problem.came_first.begin());
-  const Index kept = problem.first[size];
-  problem.to.resize(kept), problem.distance.resize(kept);
-  problem.came_from.resize(kept), problem.came_distance.resize(kept);
-  Indices out(problem.first.begin(), problem.first.end() - 1), in(problem.came_first.begin(), problem.came_first.end() - 1);
-  for (const auto& [first, second, distance] : edges) {
-    if (distance >= problem.depth) continue;
-    const Index o = out[first]++, i = in[second]++;
-    problem.to[o] = static_cast<Index>(second), problem.distance[o] = static_cast<Index>(distance);
-    problem.came_from[i] = static_cast<Index>(first), problem.came_distance[i] = static_cast<Index>(distance);
-  }
   for (const std::int64_t task : sequential_order(plan, [](std::int64_t task, std::int64_t) { return task; }))
     problem.topological.push_back(static_cast<Index>(task));
   problem.place.resize(size);
@@ -1133,8 +1154,8 @@ Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>&
   {
     std::vector<std::int64_t> all;
     std::size_t at = 0;
-    std::int64_t spare = most_streams - static_cast<std::int64_t>(label.size());
-    for (std::int64_t s = 0; static_cast<std::int64_t>(all.size()) < most_streams; ++s) {
+    std::int64_t spare = problem.streams - static_cast<std::int64_t>(label.size());
+    for (std::int64_t s = 0; static_cast<std::int64_t>(all.size()) < problem.streams; ++s) {
       if (at < label.size() && (label[at] == s || spare == 0))
         all.push_back(label[at]), s = label[at++];
       else
@@ -1142,10 +1163,9 @@ Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>&
     }
     label = std::move(all);
   }
-  problem.streams = most_streams;
   Indices unit_of_group(groups, -1);
   problem.unit.assign(size, -1);
-  std::vector<double> loads(most_streams, 0);
+  std::vector<double> loads(problem.streams, 0);
   for (const Index task : problem.topological) {
     Index& unit = group[task] < 0 ? problem.unit[task] : unit_of_group[group[task]];
     if (unit < 0) {
@@ -1167,68 +1187,21 @@ Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>&
     if (problem.pin[unit] >= 0) loads[problem.pin[unit]] += problem.load[unit];
   }
   for (const double load : loads) problem.bound = std::max(problem.bound, load);
-  problem.bound = std::max(problem.bound, std::accumulate(problem.load.begin(), problem.load.end(), 0.0) / most_streams);
+  problem.bound = std::max(problem.bound, std::accumulate(problem.load.begin(), problem.load.end(), 0.0) / problem.streams);
 
-  std::vector<Round> found = Search(problem).run();
-  Round best;
-  if (!memory_budget) {
-    for (Round& round : found)
-      if (better(round, best)) best = std::move(round);
-  } else {
-    const std::int64_t budget = std::min(*memory_budget, kMost);
-    Player player(problem);
-    Round trial;
-    for (Round& round : found) {
-      const Indices stage = round.stage;
-      Indices streams_of(problem.load.size(), 0);
-      for (Index i = 0; i < problem.size; ++i) streams_of[problem.unit[i]] = round.stream[i];
-      if (peak_of(problem, plan, round, false) <= budget) {
-        if (better(round, best)) best = std::move(round);
-        continue;
-      }
-      // Play the round again under the budget, if some order of its tasks one after another keeps it.
-      const bool one_step = depth_of(stage) == 1;
-      const std::vector<Indices> stages = one_step ? std::vector<Indices>{stage} : std::vector<Indices>{stage, cut(problem, depth_of(stage), true)};
-      for (const Indices& wished : stages) {
-        std::vector<Edge> binding;
-        for (Index u = 0; u < problem.size; ++u)
-          for (Index e = problem.first[u]; e < problem.first[u + 1]; ++e)
-            if (wished[u] == wished[problem.to[e]] + problem.distance[e]) binding.emplace_back(u, problem.to[e]);
-        Plan round_plan(tasks, binding, names);
-        const std::int64_t base = carried(problem, wished);
-        std::vector<std::int64_t> frugal;
-        std::int64_t least = kNever, peak_task = -1;
-        for (auto& order : frugal_orders(round_plan, binding)) {
-          std::int64_t alive = base, peak = 0, where = -1;
-          for (const std::int64_t task : order) {
-            alive += tasks[task].bytes_made;
-            if (alive > peak) peak = alive, where = task;
-            alive -= tasks[task].bytes_freed;
-          }
-          if (peak < least) least = peak, peak_task = where, frugal = std::move(order);
-        }
-        if (least > budget && one_step)
-          refuse("memory_budget of ", budget, " bytes cannot be met: the least that any order tried needs is ", least,
-                 ", at ", plan.label(peak_task), "; give ", least - budget, " bytes more, or use smaller tasks");
-        if (least <= budget)
-          for (const Indices& where : {streams_of, problem.pin}) {
-            WayOut way_out(round_plan, frugal, budget - base);
-            player.play(wished, where, player.critical_path(wished), trial, budget - base, &way_out);
-            if (better(trial, best)) best = trial;
-          }
-        problem.operations += round_plan.operations;
-      }
-    }
-  }
+  std::vector<Round> fitting = Search(problem).run();
+  if (memory_budget) fitting = fit(problem, plan, fitting, std::min(*memory_budget, kMost));
+  const Round best = choose(problem, fitting);
 
   Pipeline result;
-  result.peak_bytes = peak_of(problem, plan, best, true);
-  result.waits = waits_of(problem, best, most_streams);
-  result.pools = pools_of(problem, best, group, groups, most_streams);
+  result.peak_bytes = peak_of(problem, best, &plan);
+  const std::int64_t most_alive = carried(problem, best.stage) + plan.made;  // if nothing ends before all has started
+  result.waits = waits_of(problem, best, memory_budget && most_alive > *memory_budget);
+  result.pools = pools_of(problem, best, group, groups);
   result.order.assign(best.order.begin(), best.order.end());
   result.stage.assign(best.stage.begin(), best.stage.end());
   for (const Index stream : best.stream) result.stream.push_back(label[stream]);
-  result.start = std::move(best.start);
+  result.start = best.start;
   result.period = best.period;
   result.in_flight = depth_of(best.stage);
   result.operations = problem.operations + plan.operations;

@@ -1,10 +1,9 @@
-// List scheduling of one training step, independent of any device. No torch, no CUDA, no Python.
+// Scheduling of training steps, independent of any device. No torch, no CUDA, no Python.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace fastlocal {
@@ -14,28 +13,6 @@ struct Task {
   std::int64_t bytes_made;   // allocated when the task starts
   std::int64_t bytes_freed;  // released when it ends: its own workspace, or what earlier tasks made
 };
-
-using Edge = std::pair<std::int64_t, std::int64_t>;  // first must end before second starts
-
-struct Schedule {
-  std::vector<std::int64_t> order;   // task indices as they are dispatched: topological, start times never fall
-  std::vector<std::int64_t> stream;  // of each task
-  std::vector<double> start;         // of each task
-  double makespan = 0;
-  std::int64_t peak_bytes = 0;  // most bytes alive at any dispatch; a task's bytes are freed before a later
-                                // dispatch that starts no earlier than the task ends
-  std::int64_t operations = 0;  // edges, comparisons and tree nodes visited: the work done, on any machine alike
-};
-
-// Gives every task a start time and one of `streams` streams. A free stream takes the ready task with the longest
-// path of costs ahead of it (ties: the lowest index), and the stream of the predecessor that released a task is
-// preferred. Under a budget a task starts only if it fits and a sequential order of all the others that fits is kept;
-// so the peak stays within the budget and there is no dead end.
-//
-// O((tasks + edges) log tasks). The result depends on the arguments alone. `names` is empty or one per task, for
-// messages. Throws std::invalid_argument for bad arguments, a cycle, or a budget that no sequential order tried meets.
-Schedule schedule(const std::vector<Task>& tasks, const std::vector<Edge>& edges, std::int64_t streams,
-                  std::optional<std::int64_t> memory_budget, const std::vector<std::string>& names);
 
 // second of step t needs first of step t - distance.
 struct Dependency {
@@ -66,6 +43,9 @@ struct Pipeline {
 // pipeline included, in which tasks of steps that do not exist are left out and all others start as they do in a full
 // round. A step must free all that it makes.
 //
+// Under a budget that could be exceeded if nothing ended before all of a round had started, `waits` also make a task
+// wait for all that has ended when it starts; then the peak is never exceeded, whatever the tasks' durations.
+//
 // waits: with the order of every stream they imply each dependency of the round, also in rounds that leave tasks out;
 // and none is implied by the others and the order of the streams in every round in which both of its tasks run.
 //
@@ -76,8 +56,12 @@ struct Pipeline {
 // some point of its round lies in no life, else at most as many more as there are lives at the point in the fewest.
 // Groups without tasks get pool 0.
 //
-// Work O((tasks + edges) log tasks) times a bounded number of attempts; memory O(tasks + edges). The result depends on
-// the arguments alone, not on the order of `edges`. Throws std::invalid_argument as `schedule` does.
+// Work O((tasks + edges) log tasks) for each attempt, of which there are O(log in_flight) for plans of more than 1000
+// tasks and a bounded number for smaller ones, and O((tasks + edges) * streams) for the waits (under a budget, times the
+// square of the steps in flight); memory O(tasks * (streams + log in_flight) + edges). The result depends on the
+// arguments alone, not on the order of `edges`. `names` is empty or one per task, for messages. Throws
+// std::invalid_argument for bad arguments, a cycle of distance 0, bytes freed that are not alive, or a budget that no
+// sequential order tried keeps, even with one step in flight.
 Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>& edges,
                   const std::vector<std::int64_t>& group, const std::vector<std::int64_t>& pinned,
                   std::int64_t streams, std::int64_t in_flight, std::optional<std::int64_t> memory_budget,

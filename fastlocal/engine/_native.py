@@ -20,21 +20,6 @@ HOW_TO_BUILD = (
 )
 
 
-class Schedule(NamedTuple):
-    """An order, a stream and a start time for every task of a plan.
-
-    `order` lists task indices as they are dispatched, `stream` and `start` have one entry per task. `peak_bytes` is the
-    most that is alive at any dispatch, by the costs given. `operations` counts the scheduler's own steps.
-    """
-
-    order: list[int]
-    stream: list[int]
-    start: list[float]
-    makespan: float
-    peak_bytes: int
-    operations: int
-
-
 class Pipeline(NamedTuple):
     """A stage, a stream and a place in the round for every task of a training step.
 
@@ -99,68 +84,6 @@ def _integers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(array, np.int64)
 
 
-def schedule(
-    cost: Sequence[float] | np.ndarray,
-    edges: Sequence[tuple[int, int]] | np.ndarray,
-    *,
-    bytes_made: Sequence[int] | np.ndarray | None = None,
-    bytes_freed: Sequence[int] | np.ndarray | None = None,
-    streams: int = 1,
-    memory_budget: int | None = None,
-    names: Sequence[str] | None = None,
-) -> Schedule:
-    """List scheduling of a plan: critical path first, ties by index, the same result on every machine.
-
-    A stream that falls free takes the ready task with the longest path of costs to the end of the plan, among those
-    that fit the budget. Memory is counted along `order`: a task's `bytes_made` are alive from its start; its
-    `bytes_freed` (its workspace, or what its predecessors made) are gone for every later task in the order that starts
-    no earlier than it ends. With one stream that is exact; with more it holds as far as the costs do.
-
-    Args:
-        cost: duration of each task, in any unit; finite, not negative.
-        edges: pairs (u, v): u must end before v starts. A pair may be repeated.
-        bytes_made, bytes_freed: integers per task, not negative; default 0.
-        streams: how many tasks may run at once, at least 1.
-        memory_budget: most bytes alive at any time; None for no limit.
-        names: one per task, for error messages.
-
-    Raises:
-        ArgumentError: bad arguments; a cycle (its tasks are named); bytes freed that are not alive; a budget below what
-            the best of several orders needs (says by how much; finding the least of all orders is NP-hard).
-        BackendError: the native extension is not there; the message says why and how to build it.
-    """
-    import numpy as np
-
-    native: Any = _load()[0]
-    if native is None:
-        raise BackendError(f"the scheduler needs the native extension: {why_not()}")
-    costs = np.asarray(cost)
-    if costs.ndim != 1 or (costs.size and costs.dtype.kind not in "iuf"):
-        raise ArgumentError(f"cost must be a flat sequence of numbers, got shape {costs.shape} of {costs.dtype}")
-    tasks = len(costs)
-    for name, value in (("streams", streams), ("memory_budget", 0 if memory_budget is None else memory_budget)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or not -(2**63) <= int(value) < 2**63:
-            raise ArgumentError(f"{name} must be a 64-bit integer, got {value!r}")
-    try:
-        return Schedule(
-            *native.schedule(
-                np.ascontiguousarray(costs, np.float64),
-                _integers("bytes_made", bytes_made if bytes_made is not None else np.zeros(tasks, np.int64), (tasks,)),
-                _integers(
-                    "bytes_freed", bytes_freed if bytes_freed is not None else np.zeros(tasks, np.int64), (tasks,)
-                ),
-                _integers("edges", edges, (-1, 2)),
-                int(streams),
-                None if memory_budget is None else int(memory_budget),
-                [str(name) for name in names] if names is not None else [],
-            )
-        )
-    except ValueError as error:
-        if isinstance(error, ArgumentError):
-            raise
-        raise ArgumentError(str(error)) from None
-
-
 def pipeline(
     cost: Sequence[float] | np.ndarray,
     edges: Sequence[tuple[int, int, int]] | np.ndarray,
@@ -182,7 +105,8 @@ def pipeline(
 
     Memory is counted along `order`: a task's `bytes_made` are alive from its start; its `bytes_freed` (its workspace,
     or what its predecessors made) are gone at every later dispatch that starts no earlier than it ends. Steps in
-    flight add up. With one stream that is exact; with more it holds as far as the costs do.
+    flight add up. With a budget the peak holds whatever the durations: where it could be exceeded, `waits` also make a
+    task wait for all that has ended when it starts. Without one it holds as far as the costs do.
 
     Args:
         cost: [N] duration of each task, in any unit; finite, not negative.
@@ -203,7 +127,10 @@ def pipeline(
     """
     import numpy as np
 
-    native: Any = _load()[0]
+    if TYPE_CHECKING:
+        from fastlocal import _native as native
+    else:
+        native = _load()[0]
     if native is None:
         raise BackendError(f"the scheduler needs the native extension: {why_not()}")
     costs = np.asarray(cost)

@@ -28,7 +28,7 @@ def test_absent_extension_says_how_to_build_it(fresh: None, monkeypatch: pytest.
     with pytest.raises(
         BackendError, match=r"scheduler needs .* was not built .*FASTLOCAL_BUILD_EXT=1 pip install"
     ) as e:
-        _native.schedule([1.0], [])
+        _native.pipeline([1.0], [])
     assert isinstance(e.value, RuntimeError)
 
 
