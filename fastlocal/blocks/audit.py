@@ -66,7 +66,8 @@ def audit(net: nn.Module, adapter: Adapter, blocks: list[str], args: tuple[Any, 
     outputs: list[Tensor] = []
     interiors: list[set[Any]] = []
     borders: list[Tensor] = []  # the boundary activations, as the blocks behind them see them
-    states = [_random_state(net)]
+    devices = random_devices(net)
+    states = [random_state(devices)]
 
     def note(k: int, h: Tensor) -> Tensor:
         interior, leaves = graph_nodes(h)
@@ -87,8 +88,8 @@ def audit(net: nn.Module, adapter: Adapter, blocks: list[str], args: tuple[Any, 
         outputs.append(h)  # keeps the nodes alive: a freed node's address may come again
         result.parameters.append(leaves)
         result.shapes.append(tuple(h.shape[1:]))
-        state = _random_state(net)
-        result.random.append(not _same(states[-1], state))
+        state = random_state(devices)
+        result.random.append(not same_state(states[-1], state))
         states.append(state)
         result.modules.append([])
         border = h.detach()
@@ -101,7 +102,7 @@ def audit(net: nn.Module, adapter: Adapter, blocks: list[str], args: tuple[Any, 
         result.modules[-1].append(module)
 
     with undisturbed(net):
-        states[0] = _random_state(net)
+        states[0] = random_state(devices)
         hooks = [m.register_forward_pre_hook(ran) for m in net.modules() if m._parameters or m._buffers]
         try:
             output = adapter.run(net, args, kwargs, note)
@@ -130,13 +131,15 @@ def sharing_report(net: nn.Module, shared: dict[int, list[int]]) -> str:
     return "; ".join(f"{' = '.join(names[i])} (blocks {', '.join(map(str, shared[i]))})" for i in names)
 
 
-def _random_state(net: nn.Module) -> list[Tensor]:
-    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
+def random_devices(net: nn.Module) -> set[torch.device]:
+    """The CUDA devices on which ``net`` may draw random numbers."""
+    return {p.device for p in net.parameters() if p.device.type == "cuda"}
+
+
+def random_state(devices: set[torch.device]) -> list[Tensor]:
+    """State of the default generators of the CPU and of these devices."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+def same_state(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-__all__ = ["Audit", "audit", "graph_nodes", "sharing_report"]

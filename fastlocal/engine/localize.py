@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastlocal.blocks.adapters import Adapter, HookAdapter, logits_of
-from fastlocal.blocks.audit import Audit, audit, sharing_report
+from fastlocal.blocks.audit import Audit, audit, random_devices, random_state, same_state, sharing_report
 from fastlocal.blocks.batch import TARGET_KEYS, BatchFn, first_tensor, unpack_batch
 from fastlocal.blocks.block import Block, BlockCost, Slot, owned_slots, runs_batch_norm
 from fastlocal.blocks.links import CopyLink, fire
@@ -548,18 +548,21 @@ def _measure_blocks(
             for slot in link.frozen:
                 slot.value.requires_grad_(False)  # as in training; put back with the rest
         mark = 0
+        devices = random_devices(model)
 
         def note(k: int, h: Tensor, loss: Any = None) -> Tensor:
             nonlocal mark
             block = model.blocks[k]
             own = macs.total
             if block.head is not None:
+                before = random_state(devices)
                 loss = block.local_loss(h.detach().requires_grad_(), ctx)
                 if not isinstance(loss, LocalLoss):
                     raise ArgumentError(
                         f"method: the head of {model.method.name!r} returned {type(loss).__name__}; return "
                         "LocalLoss.of(('task', loss, 1.0))"
                     )
+                block.random = block.random or not same_state(before, random_state(devices))
             block.cost = BlockCost(
                 boundary=tuple(h.shape[1:]),
                 macs=(own - mark) // rows,
