@@ -17,6 +17,7 @@ import fastlocal as fl
 from fastlocal import models
 from fastlocal.blocks.losses import CausalLMLoss, cross_entropy
 from fastlocal.blocks.measure import StorageTracker
+from fastlocal.blocks.types import LocalLoss, Site, StepContext
 from fastlocal.engine import plan
 from fastlocal.engine.localize import default_criterion, parse_bytes
 from fastlocal.errors import ArgumentError
@@ -323,3 +324,27 @@ def test_a_buffer_belongs_to_every_block_that_its_module_runs_in() -> None:
     assert [[slot.name for slot in block.buffers] for block in model.blocks] == [names, names, []]
     weights = [[f"backbone.{i}.weight", f"backbone.{i}.bias"] for i in (0, 2, 4)]
     assert [[slot.name for slot in block.slots] for block in model.blocks] == weights
+
+
+class Noisy(nn.Module):
+    """A head that draws random numbers in its forward, with no dropout module in it."""
+
+    def __init__(self, features: int, noise: bool) -> None:
+        super().__init__()
+        self.readout, self.noise = nn.Linear(features, 10), noise
+
+    def forward(self, h: Tensor, ctx: StepContext) -> LocalLoss:
+        pooled = h.mean((2, 3))
+        if self.noise:
+            pooled = F.dropout(pooled, 0.5)
+        return LocalLoss.of(("task", ctx.criterion(self.readout(pooled), ctx.target), 1.0))
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_head_that_draws_random_numbers_is_found_by_running_it(noise: bool) -> None:
+    class Once(fl.Method):
+        def head(self, site: Site) -> nn.Module:
+            return Noisy(site.shape[0], noise and site.index == 1)
+
+    model = fl.localize(resnet(), Once(), blocks=3, sample=X)
+    assert [block.random for block in model.blocks] == [False, noise, False]
