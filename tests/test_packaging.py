@@ -69,9 +69,10 @@ def test_wheel_holds_every_module_at_its_mapped_name(tree: Path, wheel: Path) ->
     expected = set()
     for folder in ("fastlocal", "triton_kernels", "bench"):
         for path in (tree / folder).rglob("*"):
-            if path.suffix in (".py", ".json", ".jsonl") or path.name == "py.typed":
+            if path.suffix in (".py", ".pyi", ".json", ".jsonl") or path.name == "py.typed":
                 expected.add(str(Path(MAPPED.get(folder, folder)) / path.relative_to(tree / folder)))
     assert {"fastlocal/bench/__init__.py", "fastlocal/triton_kernels/__init__.py", "fastlocal/py.typed"} <= expected
+    assert "fastlocal/_native.pyi" in expected
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
@@ -147,7 +148,7 @@ def test_build_switch(tree: Path, tmp_path: Path, environment: dict, succeeds: b
     run = python(*command, cwd=tree, **environment)
     assert (run.returncode == 0) is succeeds, run.stderr
     assert message in run.stderr
-    assert not [*tmp_path.rglob("_native*.so"), *(tree / "fastlocal").glob("_native*")]
+    assert not [*tmp_path.rglob("_native*.so"), *(tree / "fastlocal").glob("_native*.so")]
     assert bool(list(tmp_path.rglob("fastlocal/_version.py"))) or not succeeds  # pure Python, complete
 
 
