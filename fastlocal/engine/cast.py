@@ -41,9 +41,13 @@ class CastWeights:
             for block in blocks
         ]
         self._dtype = dtype
+        self._masters: dict[int, list[Tensor]] = {}  # of the blocks that are inside
+        self.let_live(alive)
+
+    def let_live(self, alive: int) -> None:
+        """From now on the graphs of ``alive`` blocks in a row may live at the same time. While no block is inside."""
         self._scratch: list[Tensor | None] = [None] * alive
         self._lows: dict[int, list[Tensor]] = {}
-        self._masters: dict[int, list[Tensor]] = {}  # of the blocks that are inside
 
     @torch.no_grad()
     def enter(self, k: int) -> None:

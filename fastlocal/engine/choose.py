@@ -121,6 +121,8 @@ class Chooser:
     def _sequential(self, why: str) -> None:
         engine = self._engine
         engine._settle()
+        if engine._rounds is not None and engine._cast:
+            engine._cast.let_live(engine.model.window)
         engine._rounds = None
         self.choice = "sequential"
         self._why = f"{why}, in sequence {self._before * 1e3:.1f}" if self._before else why

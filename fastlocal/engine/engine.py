@@ -176,13 +176,8 @@ class Engine:
         if self.clip is not None:
             self.clip = self.clip.bind(model)
         self.model, self.device = model, device
-        self.deterministic, self.seed, self.graph, self.backend, self.compile = (
-            deterministic,
-            seed,
-            graph,
-            backend,
-            compile,
-        )
+        self.deterministic, self.seed, self.graph = deterministic, seed, graph
+        self.backend, self.compile = backend, compile
         self.precision, self.update, self.memory_format = precision, update, memory_format
         self._dtype = PRECISIONS[precision]
         self.schedule, self._why_sequential = self._schedule_that_serves(schedule)
@@ -214,8 +209,7 @@ class Engine:
         )
         self._good = [torch.zeros((), dtype=torch.int32, device=self.device) for _ in range(count)]
         self._one = torch.ones((), dtype=torch.float32, device=self.device)
-        # of summed losses all graphs live at once, and in other schedules any block may run beside any other
-        alive = model.window if self.schedule == "sequential" and not model.summed else len(model.blocks)
+        alive = len(model.blocks) if model.summed else model.window
         self._cast = CastWeights(model.blocks, self._dtype, alive) if self._dtype and backend != "reference" else None
         self._streams: list[list[Tensor]] | None = None
         self._params: list[list[nn.Parameter]] = [[] for _ in range(count)]
@@ -239,9 +233,7 @@ class Engine:
                 else ComposedRounds(self, kind, workers, depth, budget, composer)
             )
             settle_before_reading(model, self)
-        self._keeps_inputs = (
-            model.window > 1 or model.method.reads_boundary
-        )  # until the block's head or backward is done
+        self._keeps_inputs = model.window > 1 or model.method.reads_boundary  # until its head or backward is done
         self._after = [
             [task for task in run if task.kind != "free" or self._keeps_inputs]
             for run in StepTasks(sequence(model, update), []).after()

@@ -52,6 +52,8 @@ class Rounds:
         self._engine = engine
         self.kind, self.workers, self.in_flight, self.memory_budget = kind, workers, in_flight, memory_budget
         model = engine.model
+        if engine._cast:
+            engine._cast.let_live(len(model.blocks))  # any block may run beside any other
         self._guards = [engine._guard.alone(block.index, block) for block in model.blocks]
         owners = [[slot.module for slot in block.buffer_slots()] for block in model.blocks]
         self._passes = [model.passes.of(modules) for modules in owners]
