@@ -39,7 +39,7 @@ from fastlocal.engine.graph import (
     _look_at,
     _Results,
     refusal,
-)  # fmt: skip
+)
 from fastlocal.engine.output import StepOutput
 from fastlocal.engine.rounds import Rounds
 from fastlocal.errors import ArgumentError, BackendError
@@ -138,15 +138,17 @@ class CudaComposer:
 
     def begin(self) -> None:
         torch.cuda.synchronize(self._device)
-        gc.collect()  # what is collected in a capture may free memory, which a capture forbids
+        gc.collect()
         torch.cuda.empty_cache()
 
-    def capture(self, run: Callable[[], None], stream: Any, pool: Any) -> Any:
+    def capture(self, run: Callable[[], None], stream: int, pool: Any) -> Any:
         side = self._streams.get(stream)
         if side is None:
             side = self._streams[stream] = torch.cuda.Stream(self._device)
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         random = torch.cuda.get_rng_state(self._device)
+        collects = gc.isenabled()
+        gc.disable()  # what is collected may call what a capture forbids
         try:
             with torch.cuda.stream(side), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a block of identities may launch nothing
@@ -161,6 +163,9 @@ class CudaComposer:
         except BaseException:
             torch.cuda.set_rng_state(random, self._device)
             raise
+        finally:
+            if collects:
+                gc.enable()
         return graph
 
     def compose(self, segments: list[tuple[str, int, int, list[int]]]) -> Executable:
@@ -290,6 +295,8 @@ def check_pools(plan: Pipeline, group: Sequence[int]) -> None:
 
     Also where a group is on several streams: a backward runs on its forward's, and workspaces belong to a stream.
     """
+    if len(plan.pools) <= max(group, default=-1):
+        raise ArgumentError(f"plan: has pools for {len(plan.pools)} groups, of {1 + max(group)}; make it with these groups")
     place = [0] * len(plan.order)
     for i, v in enumerate(plan.order):
         place[v] = i
@@ -360,9 +367,9 @@ class Composition:
         watch: bool = True,
     ):
         self.plan, self.names, self.device, self._watch = plan, list(names), device, watch
+        check_pools(plan, group)
         self.pieces = pieces_of(plan, group, idle)
         check_order(plan, edges, self.pieces)
-        check_pools(plan, group)
         self.variants = self.stages = variants_of(self.pieces)
         self._pools: dict[Any, Any] = {}
         self._rounds: dict[tuple[CapturedStep | None, ...], Executable] = {}
@@ -543,6 +550,7 @@ class _Variant(CapturedStep):
 
     inputs: list[Tensor] = field(default_factory=list)
     flats: _Results | None = None
+    blocks: int = 0
     norms: list[tuple[Any, Any]] = field(default_factory=list)
 
 
@@ -700,10 +708,10 @@ class ComposedRounds(Rounds):
             flats = [flat.clone() for flat in results.flats]  # a later step of this variant overwrites them
         for inner, norm in done.variant.norms:
             inner.norm = norm
-        losses = results.losses.of(flats)
-        output = StepOutput(
-            done.step, losses, None, _Hits(done.target, self._engine.model.criterion, results.scores, flats)
-        )
+        losses, blocks = results.losses.of(flats), done.variant.blocks
+        hits = _Hits(done.target, self._engine.model.criterion, results.scores[:blocks], flats)
+        skipped = {k: place.of(flats) for k, place in enumerate(results.scores[blocks:]) if place is not None}
+        output = StepOutput(done.step, losses, None, hits, skipped)
         output.logits = None if results.logits is None else results.logits.of(flats)
         self._engine._completed(output)
 
@@ -766,7 +774,8 @@ class ComposedRounds(Rounds):
         def results() -> None:
             output = flight.output()
             number.add_(composition.variants)
-            made.append(_Results(output.losses, output.logits, output._hits.scores))
+            skipped = [flight.skipped[k] for k in sorted(flight.skipped)]
+            made.append(_Results(output.losses, output.logits, [*output._hits.scores, *skipped]))
 
         try:
             with self._rates[at].lent(self._groups(), capturing=True), engine.model.passes.applied():
@@ -790,9 +799,8 @@ class ComposedRounds(Rounds):
                 "it in place, or use graph='off'"
             )
         norms = [(inner, inner.norm) for inner in stamp.fused if inner.norm is not None]
-        return _Variant(
-            step.graphs, step.results, [*step.kept, flight, self._rates[at], number], inputs, made[0], norms
-        )
+        kept = [*step.kept, flight, self._rates[at], number]
+        return _Variant(step.graphs, step.results, kept, inputs, made[0], len(flight.hits.scores), norms)
 
     def _put_back(self, stamp: Stamp) -> None:
         """After a failed capture, in which nothing was computed."""
@@ -821,8 +829,8 @@ _MEMORY = (
 def _values(flight: Flight) -> list[Any]:
     """What a step has made that tasks of other blocks may read; not what stays inside a block until its backward."""
     return [
-        flight.args, flight.kwargs, flight.target, flight.inputs, flight.losses, flight.logits, vars(flight.hits),
-        vars(flight.ctx),
+        flight.args, flight.kwargs, flight.target, flight.inputs, flight.losses, flight.logits, flight.skipped,
+        vars(flight.hits), vars(flight.ctx),
     ]  # fmt: skip
 
 

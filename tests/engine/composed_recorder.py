@@ -108,14 +108,15 @@ class Recorded:
 
 
 class _Recording(TorchDispatchMode):
-    def __init__(self, pool: Pool, pools: list[Any], touched: dict[Block, Tensor]):
+    def __init__(self, pool: Pool, blocks: Any, touched: dict[Block, Tensor]):
         super().__init__()
         self._touched = touched
         self.calls: list[Call] = []
         self.before: dict[int, tuple[Any, Tensor]] = {}  # memory of others, as it was
         self.blocks: list[Block] = []
+        self._known = blocks
         self.fail_at: str | None = None
-        self._pool, self._pools = pool, pools
+        self._pool = pool
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -136,7 +137,9 @@ class _Recording(TorchDispatchMode):
         for t in pytree.tree_leaves(out):
             at = t.untyped_storage().data_ptr() if isinstance(t, Tensor) else 0
             if at and at not in known and self._block(at) is None and at not in self.before:
-                self.blocks.append(self._pool.take(t, self._touch))
+                block = self._pool.take(t, self._touch)
+                self._known[block.address] = block
+                self.blocks.append(block)
         self.calls.append(Call(func, *given, pytree.tree_map_only(Tensor, self._place, out), name in PRODUCTS))
         return out
 
@@ -146,7 +149,7 @@ class _Recording(TorchDispatchMode):
             self._touched[block] = block.memory.clone()
 
     def _block(self, at: int) -> Block | None:
-        return next((p.blocks[at] for ref in self._pools if (p := ref()) is not None and at in p.blocks), None)
+        return self._known.get(at)
 
     def _place(self, t: Tensor) -> Place:
         storage = t.untyped_storage()
@@ -175,7 +178,7 @@ class Composer:
         self._rng = random.Random(seed)
         self._main = self.cuda.stream()
         self._graphs: weakref.WeakValueDictionary[int, Recorded] = weakref.WeakValueDictionary()
-        self._pools: list[weakref.ref[Pool]] = []
+        self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self._touched: dict[Block, Tensor] = {}
         self._workspaces: dict[int, Tensor] = {}
         self.one_workspace = False
@@ -189,15 +192,13 @@ class Composer:
         yield
 
     def new_pool(self) -> Pool:
-        pool = Pool()
-        self._pools.append(weakref.ref(pool))
-        return pool
+        return Pool()
 
     def begin(self) -> None:
         pass
 
     def capture(self, run: Callable[[], None], stream: int, pool: Pool) -> Recorded:
-        recording = _Recording(pool, self._pools, self._touched)
+        recording = _Recording(pool, self._blocks, self._touched)
         recording.fail_at = self.fail_at
         state = torch.get_rng_state()
         self.capturing = True
