@@ -91,6 +91,10 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Never in place: what goes into the sum may be handed on."""
     if a is None or b is None:
         return b if a is None else a
+    for t in (a, b):
+        # made on another block's stream perhaps, and dropped while this one reads it
+        if t.is_cuda and not torch.cuda.is_current_stream_capturing():
+            t.record_stream(torch.cuda.current_stream(t.device))
     return a + b
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastlocal.engine import _native
-from fastlocal.engine.model import settle_before_reading
 from fastlocal.engine.rounds import Rounds
 
 if TYPE_CHECKING:
@@ -69,6 +68,9 @@ class Chooser:
                 self._sequential("")
                 self._restart()
             self._size = x.shape
+        if rounds is not None and rounds.refused:
+            self._sequential(rounds.refused)
+            return
         if self._skip:
             self._skip -= 1
             return
@@ -116,7 +118,6 @@ class Chooser:
         engine._rounds = Rounds(
             engine, kind, self._workers, 1 if kind == "overlap" else max(2, self._in_flight), self._budget
         )
-        settle_before_reading(engine.model, engine)
 
     def _sequential(self, why: str) -> None:
         engine = self._engine

@@ -29,7 +29,7 @@ from fastlocal.engine.graph import StepGraphs
 from fastlocal.engine.guard import BatchCounts, Guard
 from fastlocal.engine.localize import parse_bytes
 from fastlocal.engine.memory import is_out_of_memory, out_of_memory
-from fastlocal.engine.model import LocalModel, settle_before_reading
+from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
 from fastlocal.engine.output import StepOutput, count_targets
 from fastlocal.engine.rounds import Rounds
@@ -175,6 +175,7 @@ class Engine:
             )
         if self.clip is not None:
             self.clip = self.clip.bind(model)
+        model._settle()  # steps that another engine has in flight
         self.model, self.device = model, device
         self.deterministic, self.seed, self.graph = deterministic, seed, graph
         self.backend, self.compile = backend, compile
@@ -232,7 +233,6 @@ class Engine:
                 if composer is None
                 else ComposedRounds(self, kind, workers, depth, budget, composer)
             )
-            settle_before_reading(model, self)
         self._keeps_inputs = model.window > 1 or model.method.reads_boundary  # until its head or backward is done
         self._after = [
             [task for task in run if task.kind != "free" or self._keeps_inputs]
@@ -279,14 +279,19 @@ class Engine:
             NonFiniteError: see ``nonfinite``.
             OutOfMemoryError: names the block; it and all blocks after it are as they were, and gradients are freed.
         """
-        call = self._unpack(batch, kwargs)
+        call, model = self._unpack(batch, kwargs), self.model
+        if model.in_flight is not self:
+            model._settle()
         self.optimizer.before_step()
         if self._pending is None and self._rounds is None:
-            fire(self.model.links, "before_step")
+            fire(model.links, "before_step")
         begin = time.perf_counter()
         with self._deterministic(), self._served():
             if self._rounds is not None and self._pending is None:
-                self._rounds.step(*call)
+                try:
+                    self._rounds.step(*call)
+                finally:
+                    model.in_flight = self if self._rounds.busy else None
             elif self._graphs is None:
                 with self._threads():
                     self._completed(self._run(*call, update=True))
@@ -299,7 +304,12 @@ class Engine:
         else:
             output = StepOutput.none_yet(len(self.model.blocks), call[2], self.model.criterion)
         if not self._guard.waits or self.steps % _CHECK_EVERY == 0:
-            self._report()
+            try:
+                self._report()
+            except NonFiniteError as error:
+                if model.in_flight is self and output.step not in (None, error.step):
+                    self._outputs.appendleft(output)  # of an earlier step
+                raise
         return output
 
     def _completed(self, output: StepOutput) -> None:
@@ -328,7 +338,7 @@ class Engine:
             As `step`.
         """
         call = self._unpack(batch, kwargs)
-        self._settle()
+        self.model._settle()
         if self._pending is None:
             fire(self.model.links, "before_step")
         with self._deterministic(), self._served(), self._threads():
@@ -731,8 +741,11 @@ class Engine:
     def _settle(self) -> None:
         """Every block has had every step that was given; outputs wait for `step` or `flush`."""
         if self._rounds is not None and self._rounds.busy:
-            with self._deterministic(), self._served():
-                self._rounds.drain()
+            try:
+                with self._deterministic(), self._served():
+                    self._rounds.drain()
+            finally:
+                self.model.in_flight = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs besides ``model.state_dict()`` and the caller's own random state.

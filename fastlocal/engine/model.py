@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,14 +20,6 @@ from fastlocal.engine.carrier import LossScale, carry
 from fastlocal.engine.output import Hits, LocalOutput
 from fastlocal.errors import ArgumentError
 from fastlocal.methods.base import Method
-
-# Engines with steps in flight, by their model; not an attribute of it, for a model is copied and pickled.
-_ENGINES: weakref.WeakKeyDictionary[LocalModel, Callable[[], Any]] = weakref.WeakKeyDictionary()
-
-
-def settle_before_reading(model: LocalModel, engine: Any) -> None:
-    """``engine._settle()`` is called before the model is evaluated, saved, loaded, copied or exported."""
-    _ENGINES[model] = weakref.ref(engine)
 
 
 class LocalModel(nn.Module):
@@ -87,6 +78,8 @@ class LocalModel(nn.Module):
         self._check_targets = check_targets
         self._target_dims = target_dims
         self._scales: dict[str, LossScale] = {}
+        # The engine that has steps of this model in flight, which lives as long as they do; None where all blocks are at one step.
+        self.in_flight: Any = None
 
     @property
     def window(self) -> int:
@@ -152,6 +145,7 @@ class LocalModel(nn.Module):
 
         Raises ArgumentError for a target out of range or of a wrong dtype, an empty batch, or one sample with BatchNorm.
         """
+        self._settle()
         if self._batch is not None and (self.training or len(args) + len(kwargs) > 1):
             call: Unpacked | None = self._batch(args[0] if len(args) == 1 and not kwargs else args or kwargs)
         else:
@@ -217,9 +211,13 @@ class LocalModel(nn.Module):
 
     def _settle(self) -> None:
         """Completes the steps that an engine has in flight, so that all blocks are at the same one."""
-        engine = _ENGINES.get(self, lambda: None)()
+        engine = self.__dict__.get("in_flight")
         if engine is not None:
             engine._settle()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LocalModel:
+        self._settle()
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> LocalModel:
         if not mode:

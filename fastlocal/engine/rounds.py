@@ -26,7 +26,7 @@ from fastlocal.engine.flight import Flight
 from fastlocal.engine.memory import is_out_of_memory, out_of_memory
 from fastlocal.engine.schedule import StepSchedule, make_schedule
 from fastlocal.engine.tasks import Task, compile_step
-from fastlocal.errors import BackendError
+from fastlocal.errors import ArgumentError, BackendError
 
 if TYPE_CHECKING:
     from fastlocal.engine.engine import Engine
@@ -58,10 +58,12 @@ class Rounds:
         owners = [[slot.module for slot in block.buffer_slots()] for block in model.blocks]
         self._passes = [model.passes.of(modules) for modules in owners]
         self._writes_input: set[int] = set()
+        self._owned: list[set[str]] = [set() for _ in model.blocks]  # options that a block's optimizer writes
         self._step = compile_step(model, engine.update, casts=engine._cast is not None)
         self._warm = 0
         self._cost = [0.0] * len(self._step.tasks)
         self.schedule: StepSchedule | None = None
+        self.refused = ""  # why there is no schedule
         self._flights: dict[int, Flight] = {}  # by stage
         self._next = 0  # number of the next step
         random = any(task.random for task in self._step.tasks)
@@ -80,6 +82,8 @@ class Rounds:
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> None:
         """Admits a step and runs a round. The engine gets what is complete then."""
         engine = self._engine
+        if self.refused:
+            raise ArgumentError(self.refused)
         if not self._flights:
             self._next = engine.steps
         if self.in_flight > 1 and _step_hooks(engine):
@@ -92,7 +96,10 @@ class Rounds:
             with self.threads_of_a_worker():
                 self._warm_up(flight)
             if self._warm == WARM_UP:
-                self._make_schedule(args, target)
+                try:
+                    self._make_schedule(args, target)
+                except ArgumentError as error:  # a budget that cannot be met
+                    self.refused = str(error)  # this step is complete: the next one says it
         else:
             self._round(flight)
 
@@ -203,7 +210,7 @@ class Rounds:
             flight = flights.get(plan.stage[i])
             if flight is not None:
                 jobs[i] = _job(self._do, flight, task)
-        self._flights = flights
+        self._flights = {}  # what a task of the round calls must not start another one
         with self.threads_of_a_worker(), self._in_a_round(flights):
             if self._lanes is None or _is_watched():
                 for i in plan.order:
@@ -213,6 +220,7 @@ class Rounds:
             else:
                 self._lanes.run(schedule, jobs)
         oldest = flights.pop(plan.in_flight - 1, None)
+        self._flights = flights
         if oldest is not None:
             engine._completed(oldest.output())
 
@@ -252,7 +260,6 @@ class Rounds:
                 for k in flight.running:
                     self._guards[k].end(flight.step, undo=(0,))
         engine._free_gradients()
-        self._flights = {}
         if len(flights) > 1 or self.in_flight > 1:
             lines = [
                 f"step {f.step}: "
@@ -299,7 +306,7 @@ class Rounds:
                     f"first {WARM_UP}, while others may read it; make its first operator not in place, or use schedule='sequential'"
                 )
         else:
-            with _options_of(engine, flight, k) if kind == "update" else nullcontext():
+            with _options_of(engine, flight, k, self._owned[k]) if kind == "update" else nullcontext():
                 engine._do(flight, task, inside=False)
         if kind == "update":
             if alone:
@@ -340,21 +347,26 @@ def _fixed(group: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _options_of(engine: Engine, flight: Flight, k: int) -> Iterator[None]:
-    """Inside, the groups of block k say what they said when the step began."""
+def _options_of(engine: Engine, flight: Flight, k: int, owned: set[str]) -> Iterator[None]:
+    """Inside, the groups of block k say what they said when the step began.
+
+    ``owned``: what the optimizer itself writes there, such as counts, is never taken back.
+    """
     inner = engine.optimizer.blocks[k]
     if flight.options is None or inner is None:
         yield
         return
     groups = inner.param_groups
-    now = [_options(group) for group in groups]
-    for group, then in zip(groups, flight.options[k]):
+    thens = [{key: v for key, v in then.items() if key not in owned} for then in flight.options[k]]
+    nows = [{key: group[key] for key in then if key in group} for group, then in zip(groups, thens)]
+    for group, then in zip(groups, thens):
         group.update(then)
     try:
         yield
     finally:
-        for group, own in zip(groups, now):
-            group.update(own)
+        for group, then, now in zip(groups, thens, nows):
+            owned |= {key for key, value in then.items() if group.get(key) is not value}
+            group.update({key: value for key, value in now.items() if key not in owned})
 
 
 def _step_hooks(engine: Engine) -> bool:
@@ -363,9 +375,11 @@ def _step_hooks(engine: Engine) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether something looks at the operators of the calling thread (a counter, saved-tensor hooks): then all run there."""
+    """Whether something changes or looks at the operators of the calling thread alone (a counter, saved-tensor hooks, a
+    caller's autocast): then all run there."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._top_saved_tensors_default_hooks(True)
     )
@@ -412,18 +426,27 @@ class ThreadLanes(Lanes):
     def run(self, schedule: StepSchedule, jobs: list[Callable[[], None] | None]) -> None:
         shared = _Shared(schedule, jobs)
         grad = torch.is_grad_enabled()
-        for own in self._queues:
-            own.put((contextvars.copy_context(), grad, shared))
-        shared.work()
-        for _ in self._queues:
-            while True:
-                try:
+        work = [(contextvars.copy_context(), grad, shared) for _ in self._queues]
+        sent: list[None] = []  # grows with each that was sent, wherever an interrupt comes
+        try:
+            sent.extend(map(queue.SimpleQueue.put, self._queues, work))
+            shared.work()
+        except BaseException as error:
+            shared.fail(error)
+        while True:
+            try:
+                while shared.ended < len(sent):  # not by what was taken from the queue: an interrupt may lose that
                     self._results.get()
-                    break
-                except BaseException as error:  # an interrupt: the others finish their task first
-                    shared.fail(error)
-        if shared.failure is not None:
-            raise shared.failure
+                break
+            except BaseException as error:  # an interrupt: the others finish their task first
+                shared.fail(error)
+        # no cycle may stay: the error's traceback holds the activations of the round
+        failure, shared.failure = shared.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure
 
 
 class _Shared:
@@ -441,6 +464,7 @@ class _Shared:
         self._left = len(jobs)
         self._change = threading.Condition()
         self.failure: BaseException | None = None
+        self.ended = 0  # threads, but for the calling one
 
     def work(self) -> None:
         done: int | None = None
@@ -460,6 +484,10 @@ class _Shared:
                 except BaseException as error:
                     self.fail(error)
                     return
+
+    def end(self) -> None:
+        with self._change:
+            self.ended += 1
 
     def fail(self, error: BaseException) -> None:
         with self._change:
@@ -487,8 +515,12 @@ def _work(jobs: queue.SimpleQueue[Any], results: queue.SimpleQueue[Any], intra_o
         if job is None:
             return
         context, grad, shared = job
-        with torch.set_grad_enabled(grad):
-            context.run(shared.work)
+        try:
+            with torch.set_grad_enabled(grad):
+                context.run(shared.work)
+        except BaseException as error:
+            shared.fail(error)
+        shared.end()
         del context, shared, job
         results.put(None)
 

@@ -31,6 +31,7 @@ class StepSchedule:
         streams: how many tasks may run at once.
         plan: stage, stream and order.
         reasons: why other schedules do not serve, by their name.
+        budgeted: whether a memory budget is kept, by the order of the plan's streams and its waits.
     """
 
     kind: str
@@ -42,13 +43,22 @@ class StepSchedule:
     streams: int
     plan: Pipeline
     reasons: dict[str, str] = field(default_factory=dict)
+    budgeted: bool = False
 
     def within_a_round(self) -> tuple[list[list[int]], list[int]]:
         """Per task, which tasks of the same round wait for it, and for how many it waits itself."""
         after: list[list[int]] = [[] for _ in self.tasks]
         waits = [0] * len(self.tasks)
-        stage = self.plan.stage
-        for u, v in {(u, v) for u, v, distance in self.edges if stage[u] == stage[v] + distance}:
+        plan, stage = self.plan, self.plan.stage
+        pairs = {(u, v) for u, v, distance in self.edges if stage[u] == stage[v] + distance}
+        if self.budgeted:
+            pairs |= {(u, v) for v, before in enumerate(plan.waits) for u in before}
+            last: dict[int, int] = {}
+            for v in plan.order:
+                if plan.stream[v] in last:
+                    pairs.add((last[plan.stream[v]], v))
+                last[plan.stream[v]] = v
+        for u, v in pairs:
             after[u].append(v)
             waits[v] += 1
         return after, waits
@@ -102,7 +112,9 @@ def make_schedule(
             memory_budget=memory_budget,
             names=[task.name for task in tasks],
         )
-    return StepSchedule(kind, tasks, step.edges, list(cost), made, freed, streams, plan, dict(reasons or {}))
+    return StepSchedule(
+        kind, tasks, step.edges, list(cost), made, freed, streams, plan, dict(reasons or {}), memory_budget is not None
+    )
 
 
 def _in_order(step: StepTasks, cost: list[float], made: list[int], freed: list[int]) -> Pipeline:

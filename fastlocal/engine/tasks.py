@@ -57,7 +57,7 @@ class StepTasks:
         for task in self.tasks:
             if task.kind == "forward":
                 runs.append([])
-            elif runs and task.kind != "free":
+            elif runs:
                 runs[-1].append(task)
         return runs
 
