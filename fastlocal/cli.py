@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +38,10 @@ GROUPS = {
     "precision": "machine",
     "seed": "run",
 }
-MAY_CHANGE = ("root", "epochs", "save_every", "keep_last", "keep_best", "tensorboard", "wandb")  # in a resumed run
+MAY_CHANGE = (  # in a resumed run
+    *("root", "epochs", "save_every", "keep_last", "keep_best", "tensorboard", "wandb"),
+    *("schedule", "schedule_workers", "in_flight", "schedule_budget"),
+)
 
 _Raw = argparse.RawDescriptionHelpFormatter
 
@@ -175,7 +179,9 @@ def _plan_parser(commands: Any) -> None:
         "plan",
         help="what a training step will cost, without running one",
         description="Predicts memory, FLOPs, bytes moved, launches and roofline time of a step. Needs no device and no data.",
-        epilog="example:\n  fastlocal plan --model vit_base --method dgl --batch 256 --device h100 --budget 16GiB",
+        epilog="examples:\n  fastlocal plan --model vit_base --method dgl --batch 256 --device h100 --budget 16GiB\n"
+        "  fastlocal plan --model resnet110 --method dgl --blocks 16 --schedule pipeline --gantt schedule.svg\n"
+        "  fastlocal plan --model resnet110 --method dgl --blocks 16 --ranks 4 --bandwidth 25GB --latency 1e-5",
         formatter_class=_Raw,
     )
     add = plan.add_argument
@@ -200,6 +206,22 @@ def _plan_parser(commands: Any) -> None:
     add("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed (32-true)")
     add("--channels-last", action="store_true", help="plan that memory format")
     add("--draw", type=Path, metavar="PATH", help="write a chart, such as plan.png")
+    run = plan.add_argument_group("schedule")
+    add = run.add_argument
+    add("--schedule", default="sequential", help="sequential, overlap or pipeline (sequential)")
+    add("--streams", type=int, default=2, metavar="N", help="tasks that may run at once (2)")
+    add("--in-flight", type=int, metavar="N", help="steps that a pipeline may have on their way (as many as streams)")
+    add("--memory-budget", metavar="4GiB", help="for what the tasks of the steps in flight hold (no limit)")
+    add("--tasks", action="store_true", help="print every task of a round: stream, start, step, bytes, waits")
+    add("--gantt", metavar="PATH", help="draw the schedule (.svg or .png)")
+    add("--trace", metavar="PATH", help="write the schedule as a Chrome trace, for ui.perfetto.dev")
+    ranks = plan.add_argument_group("many ranks", "a simulation: the blocks as a pipeline beside GPipe and 1F1B")
+    add = ranks.add_argument
+    add("--ranks", type=int, metavar="N", help="how many devices in a chain")
+    add("--bandwidth", metavar="25GB", help="of each link, a second (no limit)")
+    add("--latency", type=float, default=0.0, metavar="SECONDS", help="of each link (0)")
+    add("--microbatches", type=int, metavar="N", help="of GPipe and 1F1B (the best power of two)")
+    add("--straggler", action="append", default=[], metavar="RANK=FACTOR", help="a rank that is slower; repeatable")
     plan.set_defaults(run=_plan)
 
 
@@ -347,6 +369,7 @@ def _curves(folder: Path, rows: list[dict[str, Any]], settings: Settings) -> lis
 
 def _plan(o: argparse.Namespace) -> int:
     from fastlocal import models
+    from fastlocal.engine import gantt
     from fastlocal.engine.plan import plan
 
     if o.batch < 2:
@@ -370,16 +393,55 @@ def _plan(o: argparse.Namespace) -> int:
         optimizer=o.optimizer,
         precision=o.precision,
         memory_format="channels_last" if o.channels_last else "preserve",
+        schedule=o.schedule,
+        streams=o.streams,
+        in_flight=o.in_flight,
+        memory_budget=o.memory_budget,
         **_pairs("--option", o.option),
     )
     print(found.to_text())
-    if o.draw is not None:
-        found.draw(o.draw)
-        print(f"drawn to {o.draw}")
+    if o.tasks:
+        assert found.schedule is not None
+        print(f"\n{gantt.to_text(found.schedule)}")
+    for path, draw in ((o.draw, found.draw), (o.gantt, found.draw_schedule)):
+        if path is not None:
+            draw(path)
+            print(f"drawn to {path}")
+    if o.trace is not None:
+        found.trace_schedule(o.trace)
+        print(f"traced to {o.trace}")
+    if o.ranks is not None:
+        bandwidth = math.inf if o.bandwidth is None else _size("--bandwidth", o.bandwidth)
+        slow = _factors("--straggler", o.straggler)
+        runs = found.simulate(
+            o.ranks, bandwidth=bandwidth, latency=o.latency, microbatches=o.microbatches, straggler=slow or None
+        )
+        print(f"\n{runs.to_text()}")
     if o.budget is not None and not found.fits(o.budget):
         print(f"over the budget of {o.budget}")
         return 1
     return 0
+
+
+def _size(flag: str, text: str) -> int:
+    from fastlocal.engine.localize import parse_bytes
+
+    try:
+        return parse_bytes(float(text) if text.replace(".", "").replace("e", "").isdigit() else text)
+    except ArgumentError as error:
+        raise ArgumentError(f"{flag}: got {text!r}; write bytes, '500MB' or '25GB'") from error
+
+
+def _factors(flag: str, texts: list[str]) -> dict[int, float]:
+    """RANK=FACTOR, each."""
+    found = {}
+    for text in texts:
+        rank, _, factor = text.partition("=")
+        try:
+            found[int(rank)] = float(factor)
+        except ValueError:
+            raise ArgumentError(f"{flag}: got {text!r}; write RANK=FACTOR, such as 2=1.5") from None
+    return found
 
 
 def _sample_shape(o: argparse.Namespace, accepted: dict[str, Any]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from fastlocal.engine.engine import Engine
 from fastlocal.engine.localize import parse_bytes
 from fastlocal.engine.optimizer import OptimizerFactory
 from fastlocal.engine.plan import plan
+from fastlocal.engine.rounds import WARM_UP
 from fastlocal.errors import ArgumentError, OutOfMemoryError
 
 _SHARE = 0.9  # of the free memory: allocators round up, and the rest of the process wants some too
@@ -35,6 +36,7 @@ def find_batch_size(
         "update": engine.update,
         "memory_format": engine.memory_format,
         "device": "cpu-core",
+        **_schedule(engine),
     }
 
     def peak(rows: int) -> int:
@@ -97,7 +99,7 @@ def _largest(fits: Callable[[int], bool], largest: int, what: str) -> int:
 
 
 def _runs(engine: Engine, batch: Any, rows: int) -> bool:
-    """Whether two real steps on that many rows fit; the engine and its model are put back."""
+    """Whether real steps on that many rows fit; the engine and its model are put back."""
     model = engine.model
     weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     state = pytree.tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, engine.state_dict())
@@ -107,8 +109,9 @@ def _runs(engine: Engine, batch: Any, rows: int) -> bool:
     model.train()
     try:
         wide = pytree.tree_map(lambda t: _rows(t, rows).to(engine.device) if isinstance(t, Tensor) else t, batch)
-        for _ in range(2):  # the second has the optimizer's state
+        for _ in range(_steps(engine)):
             engine.step(wide)
+        engine.flush()
         torch.cuda.synchronize(engine.device)
     except OutOfMemoryError:
         return False
@@ -122,6 +125,22 @@ def _runs(engine: Engine, batch: Any, rows: int) -> bool:
         torch.set_rng_state(outside[0])
         torch.cuda.set_rng_state(outside[1], engine.device)
     return True
+
+
+def _schedule(engine: Engine) -> dict[str, Any]:
+    """What `plan` must know of a schedule; of "auto", the one that it may choose."""
+    rounds, chooser = engine._rounds, engine._chooser
+    if rounds is not None:
+        return {"schedule": rounds.kind, "streams": rounds.workers, "in_flight": rounds.in_flight}
+    if chooser is not None and chooser.choice is None:
+        kind = "pipeline" if chooser._in_flight > 1 else "overlap"
+        return {"schedule": kind, "streams": chooser._workers, "in_flight": chooser._in_flight}
+    return {}
+
+
+def _steps(engine: Engine) -> int:
+    """The second has the optimizer's state; in a schedule, as many as fill it once costs are known."""
+    return 2 if engine._rounds is None else WARM_UP + engine._rounds.in_flight + 1
 
 
 def _rows(t: Tensor, rows: int) -> Tensor:

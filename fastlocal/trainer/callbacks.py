@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,7 +23,13 @@ class Callback:
         """Before the first step of a ``fit``, after a checkpoint was loaded."""
 
     def on_step_end(self, trainer: Any, output: Any) -> None:
-        """After a step; ``output`` is its `StepOutput`. Reading its tensors makes the host wait for the device."""
+        """After a step; ``output`` is its `StepOutput`. Reading its tensors makes the host wait for the device.
+
+        Once for each step, in order. In a pipeline a step is complete some batches after its own was given (``output.step``
+        is its number): nothing is told while the pipeline fills, ``trainer.batch``, rates and weights are ahead, and the
+        last steps are told before a validation, a checkpoint and the end. Use ``schedule="overlap"`` where the weights must be
+        those of the step.
+        """
 
     def on_epoch_end(self, trainer: Any, row: dict[str, Any]) -> None:
         """After an epoch and its validation; ``row`` is what is logged."""
@@ -148,14 +155,27 @@ class Callbacks:
                     f"callbacks: {callback!r} is no Callback; subclass fastlocal.trainer.callbacks.Callback, or wrap a function "
                     "in LambdaCallback(on_epoch_end=...)"
                 )
+        self._untold: deque[tuple[Callback, Any]] = deque()  # callbacks that have yet to hear of a step
+
+    @property
+    def watch_steps(self) -> bool:
+        """Whether one of them has an ``on_step_end``."""
+        return any(
+            "on_step_end" in vars(callback) or type(callback).on_step_end is not Callback.on_step_end
+            for callback in self._all
+        )
 
     def on_fit_start(self, trainer: Any) -> None:
+        self._untold.clear()
         for callback in self._all:
             callback.on_fit_start(trainer)
 
     def on_step_end(self, trainer: Any, output: Any) -> None:
-        for callback in self._all:
-            callback.on_step_end(trainer, output)
+        """Where a hook completes further steps (it saves), they are told within it, and each callback hears of them in order."""
+        self._untold.extend((callback, output) for callback in self._all)
+        while self._untold:
+            callback, told = self._untold.popleft()
+            callback.on_step_end(trainer, told)
 
     def on_epoch_end(self, trainer: Any, row: dict[str, Any]) -> None:
         for callback in self._all:

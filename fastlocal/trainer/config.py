@@ -39,6 +39,7 @@ def resolved(trainer: Trainer, train: Source, val: Source | None, epochs: int, l
         "clip": None if engine.clip is None else repr(engine.clip),
         "mixing": None if trainer.mixing is None else trainer.mixing.describe(),
         "ema": None if trainer.ema is None else repr(trainer.ema),
+        "schedule": engine.schedule,
         "update": engine.update,
         "nonfinite": engine.nonfinite,
         "deterministic": engine.deterministic,

@@ -118,6 +118,11 @@ class Settings:
     precision: str = _setting("text", "32-true", "32-true, bf16-mixed or 16-mixed")
     channels_last: bool | None = _setting("bool?", None, "memory format (on where the network has 2-d convolutions)")
     schedule: str = _setting("choice", "auto", "of blocks", choices=("auto", "sequential", "overlap", "pipeline"))
+    schedule_workers: int | None = _setting("int?", None, "tasks at once in a schedule (2 to 4; 2 on a GPU)", low=1)
+    in_flight: int | None = _setting(
+        "int?", None, "steps on their way at once in a pipeline (as many as workers)", low=1
+    )
+    schedule_budget: str | None = _setting("text?", None, "for what the tasks in flight hold", "4GiB")
     graph: str = _setting("choice", "auto", "CUDA graphs", choices=("auto", "on", "off"))
     backend: str = _setting("choice", "auto", "of operators", choices=("auto", "reference", "triton", "native"))
     update: str = _setting("choice", "auto", "when blocks are updated", choices=("auto", "immediate", "end"))
@@ -330,6 +335,9 @@ def build(
         scheduler=plan,
         precision=s.precision,
         schedule=s.schedule,  # type: ignore[arg-type]
+        workers=s.schedule_workers,
+        in_flight=s.in_flight,
+        memory_budget=s.schedule_budget,
         graph=s.graph,  # type: ignore[arg-type]
         backend=s.backend,  # type: ignore[arg-type]
         update=s.update,  # type: ignore[arg-type]

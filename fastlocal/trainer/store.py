@@ -157,7 +157,8 @@ class CheckpointStore:
         Args:
             step: orders the checkpoints. Those above ``step`` are left alone.
             model: backbone, heads and buffers are saved.
-            engine: its step count, optimizer, loss scales, random streams and counters are saved; it is flushed first.
+            engine: its step count, optimizer, loss scales, random streams and counters are saved. Steps in flight are
+                completed first; ``engine.step`` or ``flush`` still return their outputs.
                 The states of torch's, Python's and NumPy's global random generators are saved in any case.
             extra: position in the data, epoch, scheduler state: numbers, strings, None, tensors, and dicts, lists and
                 tuples of these.
@@ -168,7 +169,7 @@ class CheckpointStore:
 
         Raises:
             ArgumentError: ``extra`` or an optimizer's state holds anything else, or ``engine`` trains another model.
-            NonFiniteError: from ``engine.flush()``.
+            NonFiniteError: as ``engine.flush()``.
             CheckpointError: the disk is full, the folder cannot be written, or similar. What was written is removed, and
                 the checkpoints that were there are untouched.
         """
@@ -178,7 +179,8 @@ class CheckpointStore:
             raise ArgumentError(f"metric: got {type(metric).__name__}; give a number, such as tensor.item()")
         _check_engine(model, engine)
         if engine is not None:
-            engine.flush()
+            engine._settle()  # not flush: their outputs are not for this one
+            engine._report()
         weights, metadata = model_file.pack(model)
         tensors: dict[str, Tensor] = {}
         tree: dict[str, Any] = {

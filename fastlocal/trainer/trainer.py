@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from fastlocal.engine.memory import peak_bytes
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import LocalOptimizer, OptimizerFactory
 from fastlocal.engine.output import StepOutput
-from fastlocal.errors import ArgumentError, CheckpointError, NonFiniteError, did_you_mean
+from fastlocal.errors import ArgumentError, BackendError, CheckpointError, NonFiniteError, did_you_mean
 from fastlocal.trainer import checkpoint
 from fastlocal.trainer import schedule as schedule_module
 from fastlocal.trainer.batch_size import find_batch_size
@@ -43,6 +44,15 @@ _UNSAVED = ("decoupled_weight_decay",)  # a default of AdamW that its constructo
 _DUMPS = 3  # batches written out at most in one run
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A step that the engine was given and whose output has not come yet."""
+
+    step: int
+    rows: int
+    lr: float | None  # where steps.csv is due a row
+
+
 class Trainer:
     """Trains a `LocalModel` block by block, logs, validates, saves and resumes.
 
@@ -57,8 +67,10 @@ class Trainer:
         scheduler: learning rates: a name such as ``"cosine"``, ``(name, options)``, a list of (epoch, rate), or a function of the
             optimizer that returns one of PyTorch's schedulers; see `fastlocal.trainer.schedule.make`.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
-        schedule, graph, backend, update, deterministic, seed, nonfinite: see `fastlocal.Engine`. ``update="auto"`` is
-            ``"end"`` where ``clip`` needs all gradients at once, else ``"immediate"``. ``seed`` is also that of the data's order.
+        schedule, workers, in_flight, memory_budget, graph, backend, update, deterministic, seed, nonfinite: see
+            `fastlocal.Engine`. ``schedule="auto"`` may choose a pipeline of two steps (or ``in_flight``), unless ``ema``,
+            ``accumulate`` or a callback's ``on_step_end`` looks at single steps. ``update="auto"`` is ``"end"`` where ``clip``
+            needs all gradients at once, else ``"immediate"``. ``seed`` is also that of the data's order.
         channels_last: convert the model and 4-D inputs; ``"auto"``: if it has 2-d convolutions.
         accumulate: micro-batches an update; see `Engine.accumulate`. The last group of an epoch may be smaller.
         clip: a number (largest norm of one block's gradients) or a `fastlocal.engine.clip.Clip`.
@@ -88,6 +100,7 @@ class Trainer:
 
     Raises:
         ArgumentError: a value that is not one of these.
+        BackendError: see `fastlocal.Engine`; or ``ema`` with ``schedule="pipeline"``. Nothing has been changed then.
     """
 
     def __init__(
@@ -98,6 +111,9 @@ class Trainer:
         scheduler: Any = None,
         precision: str = "32-true",
         schedule: Literal["auto", "sequential", "overlap", "pipeline"] = "auto",
+        workers: int | None = None,
+        in_flight: int | None = None,
+        memory_budget: str | float | None = None,
         graph: Literal["auto", "on", "off"] = "auto",
         backend: Literal["auto", "reference", "triton", "native"] = "auto",
         update: Literal["auto", "immediate", "end"] = "auto",
@@ -137,17 +153,30 @@ class Trainer:
             raise ArgumentError(f"model: expected a LocalModel from fastlocal.localize, got {type(model).__name__}")
         if update not in ("auto", "immediate", "end"):
             raise ArgumentError(f"update: got {update!r}; valid are 'auto', 'immediate', 'end'")
+        if schedule == "pipeline" and ema is not None:
+            raise BackendError(
+                "ema: the average is of one step's weights, but at no moment of a pipeline is every block at the same step; use "
+                "schedule='overlap', or leave ema out"
+            )
         limit = Clip.coerce(clip)
         if update == "auto":
             update = "end" if limit is not None and limit.scope == "global" else "immediate"
         if channels_last == "auto":
             channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        self.callbacks = Callbacks(callbacks)
+        if schedule == "auto" and in_flight is None:
+            in_flight = 2
+        if schedule == "auto" and (ema is not None or accumulate > 1 or self.callbacks.watch_steps):
+            in_flight = 1
         bind = getattr(optimizer, "bind", None)
         self._factory = optimizer if bind is None else bind(model)
         self.engine = Engine(
             model,
             self._factory,
             schedule=schedule,
+            workers=workers,
+            in_flight=in_flight,
+            memory_budget=memory_budget,
             precision=precision,
             graph=graph,
             backend=backend,
@@ -166,7 +195,6 @@ class Trainer:
         self.folder = None if folder is None or fast_dev_run else Path(folder)
         self.save_every, self.keep_last, self.keep_best = save_every, keep_last, keep_best
         self.monitor = monitor
-        self.callbacks = Callbacks(callbacks)
         for logger in loggers:
             if isinstance(logger, str) and logger not in ("tensorboard", "wandb"):
                 raise ArgumentError(f"loggers: got {logger!r}; valid are 'tensorboard', 'wandb' and Logger objects")
@@ -184,6 +212,10 @@ class Trainer:
         self._resumed: dict[str, Any] | None = None
         self._store: CheckpointStore | None = None
         self._logs = Loggers()
+        self._given: deque[_Given] = deque()
+        self._outputs: deque[StepOutput] = deque()  # of completed steps that are not booked
+        self._source: Source | None = None  # of the fit that runs
+        self._bar: Bar | None = None
         self._places: deque[tuple[int, int, int]] = deque(maxlen=_REMEMBER)  # step, epoch, first batch of its group
         self._dumped = 0
         self._counted = 0.0
@@ -246,14 +278,17 @@ class Trainer:
             "split": "val",
         }
         with Signals() as signals, Bar(batches, self.model.method.name, **style) as bar:
+            self._source, self._bar = source, bar
             try:
                 self._logs.start(self._config)
                 self.callbacks.on_fit_start(self)
+                self._settle()  # a fit that ended by an exception may have left steps in flight
+                self._given.clear()  # or dropped them
                 while self.epoch < epochs and not self._stopping():
                     bar.label = f"{self.model.method.name} {self.epoch + 1}/{epochs}"
-                    self._train_epoch(source, limit, bar, signals)
+                    self._train_epoch(source, limit, signals)
                     if not self._stopping() or self._at_end(source, limit):
-                        self._end_epoch(source, test, epochs, bar, signals)
+                        self._end_epoch(test, epochs, bar, signals)
                 if self.batch:  # stopped within an epoch
                     self._save()
                 elif self.recalibrate and not self._recalibrated and self.history:
@@ -272,9 +307,10 @@ class Trainer:
                 raise
             finally:
                 self._logs.close()
+                self._source = self._bar = None
         return self.history
 
-    def _train_epoch(self, source: Source, limit: int | None, bar: Bar, signals: Signals) -> None:
+    def _train_epoch(self, source: Source, limit: int | None, signals: Signals) -> None:
         """From batch ``self.batch`` of epoch ``self.epoch`` to its end."""
         self.model.train()
         begin, seen = time.perf_counter(), 0
@@ -286,47 +322,90 @@ class Trainer:
             place = self.batch % self.accumulate
             last = place == self.accumulate - 1 or (self.accumulate > 1 and following is None)
             if place == 0:
-                self._places.append((self.engine.steps, self.epoch, self.batch))
-            seen += self._train_batch(batch, last, bar, source)
-            signals.check()
+                self._places.append((self._next_step(), self.epoch, self.batch))
+            seen += self._train_batch(batch, last)
+            if signals.got is not None:
+                self._settle()
+                signals.check()
             if self._stopping():
                 break
             batch = next(stream, None) if self.accumulate == 1 else following
             if self.save_every and self.seen % self.save_every == 0 and batch is not None:
                 self._save()
+        self._settle()
         if self.batch == 0:
             raise ArgumentError("train: holds no batch; give at least one")
         if seen:
             self._time("train", begin, seen)
 
-    def _train_batch(self, batch: Any, last: bool, bar: Bar, source: Source) -> int:
+    def _train_batch(self, batch: Any, last: bool) -> int:
+        """Gives the engine a batch. What is complete then is booked: in a pipeline, an earlier one or none."""
+        assert self._scheduler is not None
         engine = self.engine
         batch = self._ready(batch, self.epoch, self.batch)
-        out = engine.step(batch) if last else engine.accumulate(batch)
         rows = _rows(batch)
+        if not last:
+            if self._given:
+                self._settle()
+            micro = engine.accumulate(batch)
+            self.batch += 1
+            self.seen += 1
+            self._count(micro, rows)
+            self._show(micro, rows, engine.steps)
+            return rows
+        step = self._next_step()
+        lr = max(self._scheduler.lrs) if (step + 1) % self.log_every == 0 else None
+        out = engine.step(batch)
+        self._given.append(_Given(step, rows, lr))
+        self.batch += 1
+        self.seen += 1
+        if self.ema is not None:
+            self.ema.update()
+        self._scheduler.after_step()
+        if out.step is not None:
+            self._book(out)
+        return rows
+
+    def _next_step(self) -> int:
+        """Number of the step that is given next."""
+        return self._given[-1].step + 1 if self._given else self.engine.steps
+
+    def _settle(self) -> bool:
+        """Completes the steps in flight, and books them; whether there were any."""
+        self._outputs.extend(self.engine.flush())
+        found = bool(self._outputs)
+        while self._outputs:
+            self._book(self._outputs.popleft())
+        return found
+
+    def _book(self, out: StepOutput) -> None:
+        """A step is complete: counts its losses, logs them, tells the callbacks."""
+        while self._given and self._given[0].step != out.step:
+            self._given.popleft()  # somebody else took its output from the engine
+        if not self._given:
+            return
+        given = self._given.popleft()
+        self._count(out, given.rows)
+        if given.lr is not None:
+            self._logs.step(self._step_row(out, given))
+            self._note_skips(given.step, out)
+        self.callbacks.on_step_end(self, out)
+        self._show(out, given.rows, given.step + 1)
+
+    def _count(self, out: StepOutput, rows: int) -> None:
         losses = out.losses * rows
         self._total = losses if self._total is None else self._total.add_(losses)
         self._rows += rows
-        self.batch += 1
-        self.seen += 1
-        if last:
-            assert self._scheduler is not None
-            if self.ema is not None:
-                self.ema.update()
-            if engine.steps % self.log_every == 0:
-                self._logs.step(self._step_row(out))
-                self._note_skips(source, bar)
-            self._scheduler.after_step()
-            self.callbacks.on_step_end(self, out)
-        waits = engine.device.type != "cpu"
-        bar.step(None if waits and engine.steps % self.log_every else out.losses.tolist(), rows)
-        return rows
 
-    def _end_epoch(self, source: Source, test: Source | None, epochs: int, bar: Bar, signals: Signals) -> None:
+    def _show(self, out: StepOutput, rows: int, steps: int) -> None:
+        if self._bar is not None:
+            waits = self.engine.device.type != "cpu"
+            self._bar.step(None if waits and steps % self.log_every else out.losses.tolist(), rows)
+
+    def _end_epoch(self, test: Source | None, epochs: int, bar: Bar, signals: Signals) -> None:
         assert self._total is not None and self._scheduler is not None
         engine = self.engine
-        engine.flush()
-        self._note_skips(source, bar)
+        self._note_skips(engine.steps - 1)
         means = (self._total / self._rows).tolist()
         row: dict[str, Any] = {
             "epoch": self.epoch,
@@ -439,10 +518,15 @@ class Trainer:
     def save(self, path: str | Path | None = None) -> Path:
         """Writes a checkpoint: the whole state of the run into ``folder``, or backbone and heads into the file ``path``.
 
+        Steps in flight are completed first, and callbacks hear of them.
+
         Raises:
             ArgumentError: there is no ``folder`` and no ``path``.
             CheckpointError: it cannot be written.
+            NonFiniteError: of a step in flight.
         """
+        if self._settle() and self._bar is None:  # a fit has closed them
+            self._logs.close()
         if path is not None:
             checkpoint.save(path, self.model, {"epoch": self.epoch, "step": self.engine.steps})
             return Path(path)
@@ -518,12 +602,15 @@ class Trainer:
         self._total = None if total is None else total.to(self.engine.device)
         self._rows, self.history = state["rows"], state["history"]
         self._recalibrated = state["recalibrated"]
+        self._given.clear()
+        self._outputs.clear()
         self._resumed = state
 
     def _save(self, metric: float | None = None) -> None:
         """Where a run must go on: a full disk is no reason to lose it."""
         if self.folder is None:
             return
+        self._settle()
         try:
             self._checkpoints().save(self.seen, self.model, self.engine, self._state(), metric)
         except CheckpointError as error:
@@ -609,7 +696,10 @@ class Trainer:
         """What bitwise equal numbers depend on besides the run itself."""
         device = self.engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        threads = torch.get_num_threads()
+        with self.engine._threads():  # those of an operator where blocks run side by side
+            own = torch.get_num_threads()
+        return {"device": name, "threads": threads, "threads of an operator": own, "torch": str(torch.__version__)}
 
     def _set_schedule(self, epochs: int, length: int | None) -> None:
         if self._scheduler is None:
@@ -638,23 +728,30 @@ class Trainer:
             raise ArgumentError(f"mixing: needs batches (x, y), got {type(batch).__name__}; leave mixing out")
         return self.mixing(batch[0], batch[1], self.model.num_classes, epoch, index)
 
-    def _step_row(self, out: StepOutput) -> dict[str, Any]:
-        assert self._scheduler is not None
+    def _step_row(self, out: StepOutput, given: _Given) -> dict[str, Any]:
         losses = out.losses.tolist()
         return {
-            "step": self.engine.steps,
+            "step": given.step + 1,
             "epoch": self.epoch,
-            "lr": max(self._scheduler.lrs),
-            "skipped": int(self.engine.skipped.sum()),
+            "lr": given.lr,
+            "skipped": int(self._skipped(out).sum()),
             **{f"loss_{k}": value for k, value in enumerate(losses)},
         }
 
-    def _note_skips(self, source: Source, bar: Bar) -> None:
-        """Shows them, and under nonfinite="skip" and "stop" writes out the batch that was skipped last."""
-        bar.skipped = self.engine.skipped.tolist()
-        total = sum(bar.skipped)
-        if total > self._counted and self.engine.nonfinite != "raise" and self.engine.device.type == "cpu":
-            self._dump(self.engine.steps - 1, f"{int(total - self._counted)} block updates were skipped", source)
+    def _skipped(self, out: StepOutput | None) -> Tensor:
+        """Per block, the updates left out so far; of a pipeline, as of this step."""
+        counts = None if out is None else out.skipped
+        return self.engine.skipped if counts is None else counts
+
+    def _note_skips(self, step: int, out: StepOutput | None = None) -> None:
+        """Shows them, and under nonfinite="skip" and "stop" writes out the batch of ``step`` where there are new ones."""
+        skipped = self._skipped(out).tolist()
+        if self._bar is not None:
+            self._bar.skipped = skipped
+        total = sum(skipped)
+        engine, source = self.engine, self._source
+        if total > self._counted and engine.nonfinite != "raise" and engine.device.type == "cpu" and source is not None:
+            self._dump(step, f"{int(total - self._counted)} block updates were skipped", source)
         self._counted = total
 
     def _dump(self, step: int, reason: str, source: Source) -> None:

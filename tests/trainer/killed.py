@@ -38,8 +38,9 @@ EPOCHS, BATCH, SAMPLES = 3, 8, 92  # 12 batches an epoch, the last of four sampl
 class Case:
     """One run: a method, a precision, and micro-batches an update.
 
-    ``extras`` turns on what keeps state of its own: average, mixing, dropout, clipping, a DataLoader with random
-    augmentation, and one random stream per block.
+    ``extras`` turns on what keeps state of its own: average (not with a pipeline), mixing, dropout, clipping, a DataLoader
+    with random augmentation, and one random stream per block. ``schedules`` are those of the killed run, another one after
+    each kill; the run that it is compared with is sequential.
     """
 
     method: str
@@ -48,20 +49,31 @@ class Case:
     extras: bool = False
     optimizer: str = "sgd"
     options: dict[str, Any] = field(default_factory=dict)
+    schedules: tuple[str, ...] = ("auto",)
 
     def __str__(self) -> str:
         words = [self.method, self.precision, f"accumulate={self.accumulate}", self.optimizer]
-        return " ".join([*words, *(["extras"] if self.extras else [])])
+        words += ["extras"] if self.extras else []
+        return " ".join([*words, *(["-".join(self.schedules)] if self.schedules != ("auto",) else [])])
 
 
 def everything() -> list[Case]:
-    """Every method with both precisions and with accumulation, plus the extras."""
+    """Every method with both precisions and with accumulation, plus the extras; and again by other schedules."""
     plain = itertools.product(METHODS, ("32-true", "bf16-mixed"), (1, 5))
     cases = [Case(m, p, a) for m, p, a in plain]
-    return cases + [Case(m, p, 5, True, "adamw") for m in ("dgl", "auglocal") for p in ("32-true", "bf16-mixed")]
+    cases += [Case(m, p, 5, True, "adamw") for m in ("dgl", "auglocal") for p in ("32-true", "bf16-mixed")]
+    for precision in ("32-true", "bf16-mixed"):
+        cases += [Case(m, precision, schedules=("pipeline",)) for m in METHODS if m != "bp"]  # which has one block
+        cases += [Case("dgl", precision, 5, schedules=("pipeline", "overlap"))]
+        cases += [Case("auglocal", precision, 1, True, "adamw", schedules=("overlap", "sequential"))]
+        cases += [Case(m, precision, 1, True, "adamw", schedules=MIXED) for m in ("dgl", "infopro")]
+    return cases
 
 
-def train(case: Case, folder: str, progress: Any) -> None:
+MIXED = ("pipeline", "sequential", "pipeline", "overlap")
+
+
+def train(case: Case, folder: str, progress: Any, schedule: str = "auto") -> None:
     """One process's part: goes on with the run in ``folder`` to its end."""
     import numpy as np
     import torch
@@ -105,7 +117,7 @@ def train(case: Case, folder: str, progress: Any) -> None:
     extras: dict[str, Any] = {}
     if case.extras:
         extras = {
-            "ema": 0.9,
+            "ema": None if "pipeline" in case.schedules else 0.9,
             "clip": 1.0,
             "recalibrate": 4,
             "deterministic": True,
@@ -113,7 +125,7 @@ def train(case: Case, folder: str, progress: Any) -> None:
         }
     trainer = fl.Trainer(
         model, make, scheduler=("cosine", {"warmup_epochs": 1}), precision=case.precision, accumulate=case.accumulate,
-        folder=folder, save_every=3, log_every=2, progress=False, keep_last=2,
+        schedule=schedule, folder=folder, save_every=3, log_every=2, progress=False, keep_last=2,
         callbacks=[Report(), EarlyStopping("val_loss", mode="min", patience=50)], **extras,
     )  # fmt: skip
     trainer.fit(source, data.Batches(images, train=False, batch_size=BATCH), epochs=EPOCHS, resume=True)
@@ -150,27 +162,34 @@ def soak(case: Case, seed: int, kills: int, root: Path) -> int:
     whole, killed = root / "whole", root / "killed"
     draw = random.Random(seed)
     batches = EPOCHS * -(-SAMPLES // BATCH)
-    _, seconds = _run(context, case, whole, None, draw)
+    _, seconds = _run(context, case, whole, None, draw, "sequential")
     span = (
         (case.accumulate + 1) * seconds / batches
     )  # progress is told after updates: as far as the next one and beyond
     points = sorted(draw.randrange(batches - case.accumulate) for _ in range(kills))
-    count = sum(_run(context, case, killed, point, draw, span)[0] for point in points)
-    _run(context, case, killed, None, draw)
+    schedules = itertools.cycle(case.schedules)
+    count = sum(_run(context, case, killed, point, draw, next(schedules), span)[0] for point in points)
+    _run(context, case, killed, None, draw, next(schedules))
     want, got = digest(whole), digest(killed)
     assert want == got, f"{case}: differ in {[name for name in want if got.get(name) != want[name]]}"
     return count
 
 
 def _run(
-    context: Any, case: Case, folder: Path, point: int | None, draw: random.Random, span: float = 0.0
+    context: Any,
+    case: Case,
+    folder: Path,
+    point: int | None,
+    draw: random.Random,
+    schedule: str,
+    span: float = 0.0,
 ) -> tuple[bool, float]:
     """Starts or resumes the run; with ``point``, kills it up to ``span`` seconds after that many batches are done.
 
     Returns whether it was killed, and the seconds after its first batch, or that one.
     """
     progress = context.Value("i", -1, lock=False)
-    process = context.Process(target=train, args=(case, str(folder), progress))
+    process = context.Process(target=train, args=(case, str(folder), progress, schedule))
     process.start()
     while progress.value < (1 if point is None else point) and process.is_alive():
         time.sleep(0.0005)
@@ -192,10 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=int(time.time()), help="of the points; printed, so that a failure can be repeated"
     )
+    parser.add_argument("--only", default="", metavar="WORD", help="cases whose description has it, such as pipeline")
     options = parser.parse_args(arguments)
     failed = 0
     print(f"seed {options.seed}, {options.kills} kills a case", flush=True)
     for case in everything():
+        if options.only not in str(case):
+            continue
         with _folder() as root:
             began = time.perf_counter()
             try:
