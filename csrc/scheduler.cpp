@@ -242,7 +242,10 @@ using Indices = std::vector<Index>;
 constexpr std::size_t kTries = 8;                // ready tasks looked at for one that fits the budget
 constexpr double kAsGood = 1.005;                // periods that differ by less count as equal
 constexpr std::int64_t kLocalTasks = 1000;       // plans up to this size are searched locally
-constexpr std::int64_t kLocalEffort = 500'000;  // tasks and edges visited by that search
+#ifndef FASTLOCAL_LOCAL_EFFORT  // tests under sanitizers, where it takes long, lower it
+#define FASTLOCAL_LOCAL_EFFORT 500'000
+#endif
+constexpr std::int64_t kLocalEffort = FASTLOCAL_LOCAL_EFFORT;  // tasks and edges visited by that search
 
 // A step's tasks and the dependencies that can bind with so many steps in flight; its groups as units, where a task
 // without a group is a unit of its own.
