@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -41,7 +41,7 @@ from fastlocal.engine.graph import (
     refusal,
 )
 from fastlocal.engine.output import StepOutput
-from fastlocal.engine.rounds import Rounds
+from fastlocal.engine.rounds import Rounds, _step_hooks
 from fastlocal.errors import ArgumentError, BackendError
 
 if TYPE_CHECKING:
@@ -296,7 +296,9 @@ def check_pools(plan: Pipeline, group: Sequence[int]) -> None:
     Also where a group is on several streams: a backward runs on its forward's, and workspaces belong to a stream.
     """
     if len(plan.pools) <= max(group, default=-1):
-        raise ArgumentError(f"plan: has pools for {len(plan.pools)} groups, of {1 + max(group)}; make it with these groups")
+        raise ArgumentError(
+            f"plan: has pools for {len(plan.pools)} groups, of {1 + max(group)}; make it with these groups"
+        )
     place = [0] * len(plan.order)
     for i, v in enumerate(plan.order):
         place[v] = i
@@ -442,7 +444,9 @@ class Composition:
             try:
                 made = self._rounds[key] = self.device.compose(self.segments(key))
             except RuntimeError as error:
-                raise BackendError(f"graph: a round could not be composed: {error}") from None
+                raise BackendError(
+                    f"graph: a round could not be composed: {error}; use schedule='sequential'"
+                ) from None
             self.composed += 1
         try:
             self.device.launch(made)
@@ -614,7 +618,8 @@ class ComposedRounds(Rounds):
         engine = self._engine
         batch = _look_at(args, kwargs, target)
         shape = self._shape_of(batch)
-        if shape is None or self.schedule is None or (shape.variants is None and shape.runs < WARM_UP):
+        hooked = self.in_flight > 1 and _step_hooks(engine)  # which eager rounds refuse
+        if shape is None or hooked or self.schedule is None or (shape.variants is None and shape.runs < WARM_UP):
             self._drain_graphs()
             super().step(args, kwargs, target)
             self.eager += 1
@@ -651,7 +656,7 @@ class ComposedRounds(Rounds):
         if batch.key is None:
             self._why = "a batch holds what cannot be copied: a tensor that takes a gradient, repeats its elements or is of a subclass"
             return None
-        why = "the first step" if self._stamp is None else self._stamp.difference()
+        why = "the first step" if self._stamp is None else self._difference(self._stamp)
         if why is not None:
             if self._stamp is not None:
                 if why in _MEMORY and any(step is not None for step in self._line):
@@ -661,7 +666,8 @@ class ComposedRounds(Rounds):
                     )
                 self._drain_graphs()  # they began before the change
                 self.forget(f"changed since: {why}")
-            self._stamp = Stamp(self._engine)
+            with self._between_steps():
+                self._stamp = Stamp(self._engine)
         shape = self._shapes.get(batch.key)
         if shape is None and len(self._shapes) < _MAX_SHAPES:
             shape = self._shapes[batch.key] = _Captured()
@@ -669,6 +675,20 @@ class ComposedRounds(Rounds):
             full = sum(s.variants is not None for s in self._shapes.values()) >= MAX_GRAPHS
             return None if full else shape
         return shape
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """The model as it is when nothing is in flight: that is no change of what was captured."""
+        model = self._engine.model
+        before, model.in_flight = model.in_flight, None
+        try:
+            yield
+        finally:
+            model.in_flight = before
+
+    def _difference(self, stamp: Stamp) -> str | None:
+        with self._between_steps():
+            return stamp.difference()
 
     def _steps_in_flight(self) -> str:
         return "steps " + ", ".join(str(s.step) for s in reversed(self._line) if s is not None)
@@ -791,7 +811,7 @@ class ComposedRounds(Rounds):
         except BaseException:
             self._put_back(stamp)
             raise
-        why = stamp.difference()
+        why = self._difference(stamp)
         if why is not None:
             self._put_back(stamp)
             raise BackendError(

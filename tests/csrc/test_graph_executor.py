@@ -258,17 +258,16 @@ def test_a_library_stands_for_those_it_was_linked_with(cuda: FakeCuda, tmp_path:
     assert native.CudaRuntime(str(user), False).version == 13000
 
 
-def test_under_a_sanitizer(tmp_path: Path) -> None:
-    program, fake = tmp_path / "soak", tmp_path / "libfake.so"
-    options = ["-std=c++17", "-O0", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
-    build(compiler(), *options, "-shared", "-fPIC", "-o", fake, HERE / "fake_cuda.cpp")
+def test_under_a_sanitizer(cuda: FakeCuda, tmp_path: Path) -> None:
+    program = tmp_path / "soak"
     build(
-        compiler(), *options, "-I", CSRC, "-o", program, CSRC / "graph_executor.cpp", HERE / "graph_executor_soak.cpp",
-        fake, f"-Wl,-rpath,{tmp_path}", "-ldl",
+        compiler(), "-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-I", CSRC,
+        "-o", program, CSRC / "graph_executor.cpp", HERE / "graph_executor_soak.cpp", cuda.path,
+        f"-Wl,-rpath,{cuda.path.parent}", "-ldl",
     )  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     environment["UBSAN_OPTIONS"] = "halt_on_error=1"
-    done = subprocess.run([program, fake], capture_output=True, text=True, env=environment)
+    done = subprocess.run([program, cuda.path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     scenarios, refused = (int(part.split()[0]) for part in done.stdout.split(","))
     assert scenarios > refused > 50
