@@ -240,7 +240,7 @@ using Index = std::int32_t;
 using Indices = std::vector<Index>;
 
 constexpr std::size_t kTries = 8;                // ready tasks looked at for one that fits the budget
-constexpr double kAsGood = 1.005;                // periods that differ by less count as equal
+constexpr double kAsGood = 1.02;                 // periods that differ by less count as equal: costs are no better known
 constexpr std::int64_t kLocalTasks = 1000;       // plans up to this size are searched locally
 #ifndef FASTLOCAL_LOCAL_EFFORT  // tests under sanitizers, where it takes long, lower it
 #define FASTLOCAL_LOCAL_EFFORT 500'000

@@ -97,11 +97,12 @@ def pipeline(
     memory_budget: int | None = None,
     names: Sequence[str] | None = None,
 ) -> Pipeline:
-    """Software pipelining of a training step: the shortest round found, of equal ones that with fewest steps in flight.
+    """Software pipelining of a training step: rounds as short as can be found, with as few bytes alive as can be.
 
-    One step in flight is list scheduling inside a step. One stream and one step in flight give the tasks in the order
-    of their indices, where that is topological and keeps the budget. The same result on every machine, whatever the
-    order of `edges`. Finding the very best is NP-hard.
+    Of the rounds found that are at most 2 % longer than the shortest of them, that with the lowest peak of bytes is
+    taken, then with the fewest steps in flight. One step in flight is list scheduling inside a step. One stream and one
+    step in flight give the tasks in the order of their indices, where that is topological and keeps the budget. The
+    same result on every machine, whatever the order of `edges`. Finding the very best is NP-hard.
 
     Memory is counted along `order`: a task's `bytes_made` are alive from its start; its `bytes_freed` (its workspace,
     or what its predecessors made) are gone at every later dispatch that starts no earlier than it ends. Steps in

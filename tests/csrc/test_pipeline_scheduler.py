@@ -319,7 +319,7 @@ def test_two_streams_are_busy_all_the_time(blocks: int) -> None:
             for n in range(blocks + 1)
             for part in itertools.combinations([sum(case.cost[5 * k : 5 * k + 5]) for k in range(blocks)], n)
         ) if blocks < 4 else bound  # fmt: skip
-        assert plan.period <= 1.01 * max(bound, halves)
+        assert plan.period <= 1.025 * max(bound, halves)
 
 
 def test_a_pipeline_of_equal_blocks_keeps_few_of_them_alive() -> None:

@@ -103,7 +103,7 @@ def test_random_plans_are_legal_and_within_grahams_bound(streams: int) -> None:
         check(plan, cost, edges, made, freed, streams, None)
         path = longest_path(cost, edges)
         assert plan.period >= max(path, sum(cost) / streams) - 1e-9
-        assert plan.period <= 1.005 * (sum(cost) / streams + (1 - 1 / streams) * path)
+        assert plan.period <= 1.02 * (sum(cost) / streams + (1 - 1 / streams) * path)
 
 
 @pytest.mark.parametrize("streams", [1, 3])
