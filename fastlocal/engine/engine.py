@@ -79,7 +79,9 @@ class Engine:
             device; whatever else changes (modules, tensors, their addresses, ``requires_grad``, modes, other options of the
             optimizer) is noticed before the next replay and leads to eager steps and a new capture. Steps that close an
             accumulation are eager. Forward hooks, and Python in a module's forward, run at a capture only. Rates are
-            rounded to float32. ``"off"``, and today ``"auto"``, are eager.
+            rounded to float32. With ``schedule="overlap"`` or ``"pipeline"`` the pieces of a step are captured one by one, and
+            a round is one graph that is composed of them (not for blocks that draw random numbers, losses that reach several
+            blocks, or ``update="end"``). ``"off"``, and today ``"auto"``, are eager.
         backend: ``"auto"`` lets each operator choose the best that can serve it, block optimizers take PyTorch's fused step, and
             casts a block's weights together under autocast; ``"reference"`` leaves everything plain and runs every operator
             by its specification. ``"triton"`` and ``"native"`` ask for that form of every operator that has one, and raise
@@ -474,8 +476,9 @@ class Engine:
             flight.outputs[k] = loss
             block.fire("between_forward_and_backward")
             return
+        x = flight.inputs.pop(k, None)  # a cascade holds it for as long as a gradient may go there
         if model.method.reads_boundary:
-            ctx = replace(ctx, boundary=flight.inputs[k] if k else None)
+            ctx = replace(ctx, boundary=x if k else None)
         if model.summed:
             with self._autocast():
                 local = block.local_loss(h, ctx)
@@ -486,7 +489,7 @@ class Engine:
         else:
             local, own, shared = block.split_gradients(h, ctx, self._start(k), self._autocast())
             flight.losses.append(local.loss.detach())
-            flight.take(flight.cascade.add(block, flight.inputs[k], flight.outputs.pop(k), own, shared))
+            flight.take(flight.cascade.add(block, x, flight.outputs.pop(k), own, shared))
         flight.hits.add(local.logits, local.correct)
 
     def _backward(self, flight: Flight, k: int) -> None:
@@ -501,7 +504,7 @@ class Engine:
             start_backward(functools.reduce(torch.add, flight.summed, h), flight.ctx, self._start(k))
             flight.summed.clear()
             if flight.cascade is not None:
-                x = flight.inputs[k]
+                x = flight.inputs.pop(k)
                 down = None if x is None else x.grad
                 flight.take(list(flight.cascade.finish(scaled_down(down, model.method.final_share))))
         if self._cast:
