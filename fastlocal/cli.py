@@ -279,6 +279,8 @@ def _train(o: argparse.Namespace) -> int:
     written += _curves(folder, rows, settings)
     epochs = trainer.epoch
     print(f"test accuracy {rows[-1]['val_accuracy']:.2%} after {epochs} epoch{'s' * (epochs > 1)}")
+    if trainer.engine.schedule != "sequential":
+        print(trainer.engine.explain().splitlines()[0])
     print(f"written to {folder}: {', '.join(written)}")
     return 0
 
@@ -374,6 +376,8 @@ def _plan(o: argparse.Namespace) -> int:
 
     if o.batch < 2:
         raise ArgumentError(f"--batch: got {o.batch}; give at least 2 rows")
+    bandwidth = math.inf if o.bandwidth is None else _size("--bandwidth", o.bandwidth)
+    slow = _factors("--straggler", o.straggler)
     given = _pairs("--model-option", o.model_option)
     accepted = models.options(o.model) | given
     blocks: Any
@@ -411,8 +415,6 @@ def _plan(o: argparse.Namespace) -> int:
         found.trace_schedule(o.trace)
         print(f"traced to {o.trace}")
     if o.ranks is not None:
-        bandwidth = math.inf if o.bandwidth is None else _size("--bandwidth", o.bandwidth)
-        slow = _factors("--straggler", o.straggler)
         runs = found.simulate(
             o.ranks, bandwidth=bandwidth, latency=o.latency, microbatches=o.microbatches, straggler=slow or None
         )

@@ -307,7 +307,7 @@ def draw(found: Timeline, path: str | Path) -> None:
     Above stands the whole timeline, below it the part ``found.zoom`` at large, cut into several lines where it holds much.
     Numbers in the bars are blocks. The format is the suffix of ``path`` (``.svg``, ``.png``, ``.pdf``).
 
-    Raises BackendError without matplotlib.
+    Raises BackendError without matplotlib, ArgumentError for a suffix that it does not know.
     """
     try:
         from matplotlib.figure import Figure
@@ -342,7 +342,10 @@ def draw(found: Timeline, path: str | Path) -> None:
     named = [f"step {s}" + (" (and every 7th)" if s == steps[0] and len(steps) > len(_STEPS) else "") for s in steps]
     keys += [Patch(facecolor=_STEPS[s % len(_STEPS)], label=name) for s, name in zip(steps[: len(_STEPS)], named)]
     fig.legend(handles=keys, loc="outside lower left", ncols=len(keys), frameon=False, fontsize=9)
-    fig.savefig(path, dpi=120)
+    try:
+        fig.savefig(path, dpi=120)
+    except ValueError as error:
+        raise ArgumentError(f"path: cannot draw to {path} ({error})") from error
 
 
 def _overview_title(found: Timeline) -> str:

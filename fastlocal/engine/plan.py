@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count
@@ -553,7 +554,7 @@ def _plan(
     # Real tensors that no module registers, such as a method's constants, are let in.
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fakes,
-        FakeCopyMode(fakes),
+        _Copies(),
         _Reads(),
         torch.random.fork_rng(devices=[]),
     ):
@@ -588,7 +589,7 @@ def _stages(
     """The same network under back-propagation, with the costs of its units."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fakes,
-        FakeCopyMode(fakes),
+        _Copies(),
         _Reads(),
         torch.random.fork_rng(devices=[]),
     ):
@@ -620,7 +621,7 @@ def fewest_blocks(builder: _Builder, budget: int, rows: int | None) -> int:
     made = {"precision": "32-true", "update": "immediate", "memory_format": "preserve"}
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as fakes,
-        FakeCopyMode(fakes),
+        _Copies(),
         _Reads(),
         torch.random.fork_rng(devices=[]),
     ):
@@ -846,6 +847,18 @@ def _of_rows(batch: Any, rows: int | None) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------------- one step
+
+
+class _Copies(TorchFunctionMode):
+    """A deep copy of a buffer without contents has none either: heads that start as copies of modules need it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _fake(tensor)
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 class _Reads(TorchDispatchMode):

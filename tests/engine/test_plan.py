@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
+import json
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -18,7 +21,7 @@ from fastlocal import cli, models
 from fastlocal.blocks.measure import LaunchCounter, StorageTracker
 from fastlocal.engine import calibrate
 from fastlocal.engine.plan import DEVICES, Device, _rate
-from fastlocal.errors import ArgumentError
+from fastlocal.errors import ArgumentError, BackendError
 from fastlocal.ops._dispatch import as_on_gpu
 
 OPTIMIZERS = {
@@ -275,3 +278,305 @@ def test_the_operators_of_a_gpu_do_the_same_products() -> None:
     plans = [fl.plan(net, x, method="dgl", blocks=3, device=device) for device in ("cpu-core", "h100")]
     assert plans[0].flops == plans[1].flops
     assert plans[1].launches < plans[0].launches and plans[1].peak_bytes < plans[0].peak_bytes
+
+
+# ------------------------------------------------------------------------------------------------------------- schedules
+
+
+def _small():
+    return models.create("resnet20", width=4)
+
+
+@functools.cache
+def _planned(method="dgl", blocks=4, **options):
+    return fl.plan(_small, torch.empty(16, 3, 32, 32), method=method, blocks=blocks, device="cpu-core", **options)
+
+
+LAM = (("lam", (1.0, 1.0)),)
+TASKED = [
+    ("dgl", 4, ()),
+    ("hpff", 4, ()),
+    ("man", 4, LAM),
+    ("predsim", 4, ()),
+    ("bp", 1, ()),
+    ("dgl", 4, (("update", "end"),)),
+]
+
+
+@pytest.mark.parametrize(("method", "blocks", "options"), TASKED, ids=lambda value: str(value) if value else "-")
+def test_the_tasks_of_a_step_add_up_to_it(method, blocks, options) -> None:
+    plan = _planned(method, blocks, **dict(options))
+    schedule = plan.schedule
+    assert schedule.kind == "sequential" and schedule.plan.period == pytest.approx(plan.seconds)
+    assert sum(schedule.bytes_made) == sum(schedule.bytes_freed) and min(schedule.bytes_freed) >= 0
+    # one after another, the tasks hold what was tracked, to the byte
+    assert schedule.plan.peak_bytes == plan.peak_bytes - plan.resident_bytes + plan.batch_bytes
+    seconds = {}
+    for task, cost in zip(schedule.tasks, schedule.cost):
+        seconds.setdefault((task.kind, task.block), 0.0)
+        seconds[task.kind, task.block] += cost
+        if task.kind in ("forward", "backward"):
+            assert cost > 0
+    if method == "dgl" and not options:
+        for k, cost in enumerate(plan.costs):
+            assert (cost.forward, cost.backward) == pytest.approx((seconds["forward", k], seconds["backward", k]))
+            assert cost.head == pytest.approx(seconds["head", k])
+            whole = cost.forward + cost.head + cost.backward + cost.update
+            assert whole == pytest.approx(plan.blocks[k].seconds, rel=0.01)
+            assert cost.backward > cost.forward > cost.head > 0 and cost.output_bytes == plan.blocks[k].boundary_bytes
+
+
+@pytest.mark.parametrize("streams", [2, 3])
+@pytest.mark.parametrize(("method", "options"), [("dgl", ()), ("hpff", ()), ("man", LAM)])
+def test_a_schedule_is_legal_and_shorter(method, options, streams) -> None:
+    sequential = _planned(method, **dict(options))
+    for kind in ("overlap", "pipeline"):
+        planned = sequential.with_schedule(kind, streams=streams)
+        found = planned.schedule
+        plan = found.plan
+        assert found.kind == kind and (kind == "pipeline" or plan.in_flight == 1)
+        work = sum(found.cost)
+        assert work / streams <= plan.period * (1 + 1e-9) and plan.period < 0.95 * work
+        for u, v, distance in found.edges:
+            assert plan.stage[u] <= plan.stage[v] + distance
+            if plan.stage[u] == plan.stage[v] + distance:
+                assert plan.start[u] + found.cost[u] <= plan.start[v] + 1e-9
+        assert planned.peak_bytes == planned.resident_bytes - planned.batch_bytes + plan.peak_bytes
+        assert planned.blocks is sequential.blocks and not planned.fits(planned.peak_bytes - 1)
+
+
+def test_a_budget_holds_what_tasks_have_alive() -> None:
+    free = _planned().with_schedule("pipeline")
+    least = _planned().schedule.plan.peak_bytes
+    budget = (free.schedule.plan.peak_bytes + least) // 2
+    tight = _planned().with_schedule("pipeline", memory_budget=budget)
+    assert least <= tight.schedule.plan.peak_bytes <= budget < free.schedule.plan.peak_bytes
+    assert tight.schedule.plan.period >= free.schedule.plan.period
+    with pytest.raises(ArgumentError, match="budget"):
+        _planned().with_schedule("pipeline", memory_budget=least // 4)
+
+
+@pytest.mark.parametrize(("method", "options"), [("dgl", {}), ("hpff", {})])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_engine_stays_below_the_peak_of_the_schedule(method, options, streams) -> None:
+    """Its rounds, run by the planned schedule on one thread, where every storage can be tracked."""
+    x, y = torch.randn(16, 3, 32, 32), torch.zeros(16, dtype=torch.int64)
+    plan = _planned(method, **options).with_schedule("pipeline", streams=streams, in_flight=2)
+    storages = StorageTracker()
+    with storages:
+        model = fl.localize(_small(), method, blocks=4, sample=x[:2], **options)
+        engine = fl.Engine(model, OPTIMIZERS["momentum"], schedule="pipeline", workers=streams, in_flight=2)
+        for _ in range(3):
+            engine.step(x.clone(), y.clone())
+        engine.flush()
+        assert engine._rounds.schedule.tasks == plan.schedule.tasks
+        assert engine._rounds.schedule.edges == plan.schedule.edges
+        engine._rounds.schedule = plan.schedule
+        gc.collect()
+        storages.mark("steps")
+        for _ in range(4):
+            engine.step(x.clone(), y.clone())
+        engine.flush()
+    peak = storages.peaks["steps"]
+    assert peak <= 1.05 * plan.peak_bytes
+    assert plan.peak_bytes < (1.05 if streams == 1 else 1.5) * peak
+
+
+def test_one_order_is_said_so() -> None:
+    plan = fl.plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(4, 4), schedule="pipeline")
+    assert plan.schedule.kind == "sequential" and "pipeline cannot serve: one block leaves nothing" in plan.to_text()
+    with pytest.raises(BackendError, match=r"'pipeline' updates a block while .* update='end'"):
+        _planned(update="end").with_schedule("pipeline")
+    assert _planned(update="end").with_schedule("overlap").schedule.kind == "overlap"
+
+
+class _Chain(nn.Module):
+    """Units that may begin with an operator in place."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.act = nn.ReLU(inplace)
+
+    def units(self):
+        return [(f"layers.{i}", self.layers[i] if i == 0 else functools.partial(self._unit, i)) for i in range(3)]
+
+    def _unit(self, i, h):
+        return self.layers[i](self.act(h))
+
+    def readout(self, h):
+        return h
+
+    def forward(self, x):
+        for _, unit in self.units():
+            x = unit(x)
+        return self.readout(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_first_operator_that_writes_its_input_waits_for_the_block_before(inplace) -> None:
+    schedule = fl.plan(_Chain(inplace), torch.randn(4, 8), method="dgl", blocks=3).schedule
+    at = {(task.kind, task.block): i for i, task in enumerate(schedule.tasks)}
+    assert ((at["backward", 0], at["forward", 1], 0) in schedule.edges) == inplace
+
+
+def test_heads_that_copy_modules_are_planned() -> None:
+    x = torch.randn(16, 3, 32, 32)
+    peak, _, _ = _real(_small, x, "man", 4, **dict(LAM))
+    assert _planned("man", **dict(LAM)).peak_bytes == pytest.approx(peak, rel=0.03)
+
+
+def test_back_propagation_by_units_is_the_same_step() -> None:
+    whole = _planned("bp", 1)
+    units = whole._stages(whole.rows)
+    assert units.seconds == whole.seconds and units.peak_bytes == whole.peak_bytes and units.flops == whole.flops
+    assert [cost.name for cost in units.costs] == [name for name, _ in _small().units()]
+    each = [cost.forward + cost.backward + cost.head + cost.update for cost in units.costs]
+    assert sum(each) == pytest.approx(whole.seconds) and min(each) > 0
+    # what is saved, unit by unit, is what autograd holds in all, but for a few bytes of the loss
+    saved = sum(cost.saved_bytes + cost.output_bytes for cost in units.costs)
+    assert saved == pytest.approx(whole.blocks[0].most_saved_bytes, rel=1e-3)
+    one, other = units.costs[2:4]  # two equal blocks of one stage of the network
+    assert (one.forward, one.backward, one.saved_bytes) == (other.forward, other.backward, other.saved_bytes)
+    assert all(1.5 < cost.backward / cost.forward < 2.5 for cost in units.costs[1:])
+
+
+def _mlp():
+    return nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(32, 32), nn.Tanh())), nn.Linear(32, 10))
+
+
+@functools.cache
+def _planned_mlp(method="dgl", blocks=4, rows=16, **options):
+    machine = Device("paper", {torch.float32: 1e10}, 4e9, 1e-6)
+    plan = fl.plan(_mlp, torch.empty(rows, 32), method=method, blocks=blocks, device=machine, **options)
+    plan._stages = functools.cache(plan._stages)
+    return plan
+
+
+def test_many_ranks_have_the_plans_own_costs() -> None:
+    plan, bp, micro = _planned_mlp(), _planned_mlp("bp", 1), _planned_mlp("bp", 1, rows=4)
+    found = plan.simulate(2, bandwidth=1e9, latency=1e-6, microbatches=4)
+    assert list(found.runs)[:4] == ["local, one rank", "local", "bp, one rank", "gpipe"]
+    assert found["local, one rank"].seconds == pytest.approx(plan.seconds)
+    assert found["bp, one rank"].seconds == pytest.approx(bp.seconds)
+    one = plan.simulate(1, microbatches=4)["gpipe"].seconds
+    update = sum(cost.update for cost in bp._stages(4).costs)
+    assert one == pytest.approx(4 * micro.seconds - 3 * update) and update > 0
+    assert one > bp.seconds  # small batches cost more
+    (((source, to), sent),) = found["local"].link_bytes.items()
+    cut = found["local"].blocks[0][1] - 1
+    assert (source, to) == (0, 1) and sent == plan.blocks[cut].boundary_bytes == 16 * 32 * 4
+    assert found["gpipe"].bytes_sent == 2 * sent and found["gpipe"].microbatches == 4
+    slow = plan.simulate(2, microbatches=4, straggler={0: 2.0})  # the rank that takes longest
+    assert slow["local"].seconds == pytest.approx(2 * found["local"].seconds)
+    assert found.to_text().startswith("16 rows on 2 ranks of paper, links of 1 GB/s, 1 us; local: DGL(")
+    assert "4 micro-batches of 4 rows" in found.to_text()
+
+
+def test_micro_batches_are_the_best_of_some_and_must_divide() -> None:
+    plan = _planned_mlp()
+    runs = {m: plan.simulate(2, microbatches=m, steps=4)["1f1b"].seconds for m in (1, 2, 4, 8)}
+    best = plan.simulate(2, steps=4)["1f1b"]
+    assert best.seconds == min(runs.values()) and runs[best.microbatches] == best.seconds
+    for how, message in (
+        ({"microbatches": 3}, "3 do not divide a batch of 16 rows"),
+        ({"microbatches": 0}, "microbatches: expected an integer of at least 1"),
+        ({"ranks": 0}, "ranks: expected an integer of at least 1"),
+        ({"ranks": 5, "microbatches": 1}, "5 ranks for 4 blocks"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            plan.simulate(**{"ranks": 2, **how})
+
+
+def test_what_needs_the_blocks_behind_it_has_no_local_pipeline() -> None:
+    for plan, reason in (
+        (_planned_mlp("bp", 1), "there is one block"),
+        (_planned_mlp(update="end"), "update='end' holds every update back"),
+    ):
+        found = plan.simulate(2, microbatches=2)
+        assert "local" not in found.runs and f"no local pipeline: {reason}" in found.to_text()
+    assert _planned("hpff")._behind == "'backward 0' needs 'head 1', which is behind it"
+    assert _planned("man", **dict(LAM))._behind == "'link 0' needs 'update 1', which is behind it"
+
+
+def test_a_plan_goes_through_pickle_without_its_network() -> None:
+    again = pickle.loads(pickle.dumps(_planned()))
+    assert again.seconds == _planned().seconds and again.with_schedule("pipeline").schedule.kind == "pipeline"
+    with pytest.raises(BackendError, match="lost its network"):
+        again.simulate(2)
+
+
+def test_a_network_cut_by_hooks_has_no_stages() -> None:
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    plan = fl.plan(Net(), torch.randn(4, 8), method="dgl", blocks=2, schedule="overlap")
+    assert "overlap cannot serve: Net is cut by hooks" in plan.to_text()
+    with pytest.raises(BackendError, match="Net is cut by hooks"):
+        plan.simulate(2)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"schedule": "auto"}, "schedule: got 'auto'"),
+        ({"schedule": "pipeline", "streams": 0}, "streams: expected an integer of at least 1, got 0"),
+        ({"schedule": "pipeline", "in_flight": 1.5}, "in_flight: expected"),
+        ({"schedule": "overlap", "memory_budget": "much"}, "memory_budget: cannot read 'much'"),
+    ],
+)
+def test_bad_schedules(how, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        fl.plan(nn.Linear(4, 2), torch.randn(2, 4), **how)
+
+
+def test_a_schedule_is_drawn_and_traced(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    plan = _planned().with_schedule("pipeline")
+    text = plan.to_text()
+    assert "pipeline: 4 blocks on 2 streams" in text and "batches and tasks in flight" in text
+    plan.draw_schedule(tmp_path / "a.svg", steps=1)
+    plan.trace_schedule(tmp_path / "a.json", steps=2)
+    events = json.loads((tmp_path / "a.json").read_text())["traceEvents"]
+    work = [e for e in events if e["ph"] == "X"]
+    assert len(work) == 2 * len(plan.schedule.tasks) and (tmp_path / "a.svg").exists()
+    with pytest.raises(ArgumentError, match="path: cannot draw"):
+        plan.draw_schedule(tmp_path / "a.txt")
+
+
+def test_the_command_plans_schedules_and_ranks(capsys, tmp_path) -> None:
+    small = [
+        "plan",
+        "--model",
+        "resnet20",
+        "--model-option",
+        "width=4",
+        "--method",
+        "dgl",
+        "--blocks",
+        "3",
+        "--batch",
+        "8",
+    ]
+    trace = str(tmp_path / "a.json")
+    assert cli.main([*small, "--schedule", "pipeline", "--in-flight", "2", "--tasks", "--trace", trace]) == 0
+    printed = capsys.readouterr().out
+    assert "pipeline: 3 blocks on 2 streams" in printed and "stream 1" in printed and f"traced to {trace}" in printed
+    ranks = [*small, "--ranks", "2", "--bandwidth", "25GB", "--latency", "1e-5", "--microbatches", "2"]
+    assert cli.main([*ranks, "--straggler", "1=1.5"]) == 0
+    assert "links of 25 GB/s, 10 us" in (printed := capsys.readouterr().out) and "1f1b, recompute" in printed
+    for extra, message in (
+        (["--straggler", "1:2"], "--straggler: got '1:2'; write RANK=FACTOR"),
+        (["--bandwidth", "fast"], "--bandwidth: got 'fast'"),
+        (["--schedule", "pipelin"], "schedule: got 'pipelin'"),
+        (["--schedule", "overlap", "--memory-budget", "1KB"], "memory_budget"),
+    ):
+        assert cli.main([*small, *extra]) == 2
+        assert message in capsys.readouterr().err
