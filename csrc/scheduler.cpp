@@ -152,7 +152,8 @@ class LeastTree {
     if (end <= 0) return kNever;
     if (end >= width) return least_[node];
     width /= 2;
-    const std::int64_t left = least_before(2 * node, width, end), right = least_before(2 * node + 1, width, end - width);
+    const std::int64_t left = least_before(2 * node, width, end);
+    const std::int64_t right = least_before(2 * node + 1, width, end - width);
     return sum(std::min(left, right), added_[node]);
   }
   Plan& plan_;
@@ -239,9 +240,9 @@ std::vector<std::vector<std::int64_t>> frugal_orders(Plan& plan, const std::vect
 using Index = std::int32_t;
 using Indices = std::vector<Index>;
 
-constexpr std::size_t kTries = 8;                // ready tasks looked at for one that fits the budget
-constexpr double kAsGood = 1.02;                 // periods that differ by less count as equal: costs are no better known
-constexpr std::int64_t kLocalTasks = 1000;       // plans up to this size are searched locally
+constexpr std::size_t kTries = 8;  // ready tasks looked at for one that fits the budget
+constexpr double kAsGood = 1.02;   // periods that differ by less count as equal, for costs are no better known
+constexpr std::int64_t kLocalTasks = 1000;  // plans up to this size are searched locally
 #ifndef FASTLOCAL_LOCAL_EFFORT  // tests under sanitizers, where it takes long, lower it
 #define FASTLOCAL_LOCAL_EFFORT 500'000
 #endif
@@ -701,8 +702,8 @@ class Search {
  public:
   explicit Search(Problem& problem) : problem_(problem), player_(problem), index_rule_(index_rule(problem)) {}
 
-  // The shortest rounds found, some for each depth, from the least depth on. Those that take tasks by their place in the
-  // sequential order keep few blocks alive at a time; those that take the critical path first may be shorter.
+  // The shortest rounds found, some for each depth, from the least depth on. Those that take tasks by their place in
+  // the sequential order keep few blocks alive at a time; those that take the critical path first may be shorter.
   std::vector<Round> run() {
     enough_ = problem_.bound * (problem_.large() ? 1.001 : 1 + 1e-9);
     std::vector<Index> depths;
@@ -783,7 +784,10 @@ class Search {
             bias[task] = scale * (dice_.below(65) - 32) / 32;
             break;
           case 1:
-            if (!movable.empty()) streams[movable[dice_.below(static_cast<Index>(movable.size()))]] = dice_.below(problem_.streams);
+            if (!movable.empty()) {
+              const Index unit = movable[dice_.below(static_cast<Index>(movable.size()))];
+              streams[unit] = dice_.below(problem_.streams);
+            }
             break;
           case 2:
             if (!movable.empty()) {
@@ -854,7 +858,8 @@ std::int64_t peak_of(Problem& problem, const Round& round, const Plan* plan = nu
   };
   for (Index at = 0; at < problem.size; ++at, ++problem.operations) {
     const Index task = round.order[at];
-    for (; !running.empty() && running.top().first <= round.start[task]; running.pop()) end(round.order[running.top().second]);
+    for (; !running.empty() && running.top().first <= round.start[task]; running.pop())
+      end(round.order[running.top().second]);
     alive[round.stage[task]] += problem.tasks[task].bytes_made, total += problem.tasks[task].bytes_made;
     peak = std::max(peak, total);
     running.emplace(round.start[task] + problem.tasks[task].cost, at);
@@ -943,9 +948,9 @@ Round choose(Problem& problem, std::vector<Round>& rounds) {
 }
 
 // For every task: what it waits for on other streams. `keep_order`: not only its dependencies, but all that has ended
-// when it starts. A wait may be dropped if it is implied in every round in which both tasks run. Fewest tasks run beside
-// them in a round that has just the stages between theirs; so each pair of stages is looked at on its own, with the last
-// task of every stream known to have ended.
+// when it starts. A wait may be dropped if it is implied in every round in which both tasks run. Fewest tasks run
+// beside them in a round that has just the stages between theirs; so each pair of stages is looked at on its own, with
+// the last task of every stream known to have ended.
 std::vector<std::vector<std::int64_t>> waits_of(Problem& problem, const Round& round, bool keep_order) {
   const Index streams = problem.streams, depth = depth_of(round.stage);
   std::vector<std::vector<std::int64_t>> waits(problem.size);
@@ -1190,7 +1195,8 @@ Pipeline pipeline(const std::vector<Task>& tasks, const std::vector<Dependency>&
     if (problem.pin[unit] >= 0) loads[problem.pin[unit]] += problem.load[unit];
   }
   for (const double load : loads) problem.bound = std::max(problem.bound, load);
-  problem.bound = std::max(problem.bound, std::accumulate(problem.load.begin(), problem.load.end(), 0.0) / problem.streams);
+  const double total = std::accumulate(problem.load.begin(), problem.load.end(), 0.0);
+  problem.bound = std::max(problem.bound, total / problem.streams);
 
   std::vector<Round> fitting = Search(problem).run();
   if (memory_budget) fitting = fit(problem, plan, fitting, std::min(*memory_budget, kMost));

@@ -35,9 +35,9 @@ struct Pipeline {
 // round r the task works on step r - s. A round ends when all its tasks have ended. For every dependency
 // s(first) <= s(second) + distance; where both sides are equal, first ends before second starts, within the round. All
 // tasks of one group (`group` >= 0) share a stream, and a task with `pinned` >= 0 is on that stream. The aim is the
-// shortest period (duration of a round). Of the rounds found that are at most 2 % longer than the shortest of them, that
-// with the lowest peak of bytes is taken, then with the fewest steps in flight, then the shortest. With one stream and
-// one step in flight the order is that of the indices, where that is topological and keeps the budget.
+// shortest period (duration of a round). Of the rounds found that are at most 2 % longer than the shortest of them,
+// that with the lowest peak of bytes is taken, then with the fewest steps in flight, then the shortest. With one stream
+// and one step in flight the order is that of the indices, where that is topological and keeps the budget.
 //
 // Memory: a task's bytes_made are alive from its dispatch; its bytes_freed are gone at every later dispatch that starts
 // no earlier than it ends. `peak_bytes` is the most alive at any dispatch of any round, those that fill and drain the
@@ -58,8 +58,8 @@ struct Pipeline {
 // Groups without tasks get pool 0.
 //
 // Work O((tasks + edges) log tasks) for each attempt, of which there are O(log in_flight) for plans of more than 1000
-// tasks and a bounded number for smaller ones, and O((tasks + edges) * streams) for the waits (under a budget, times the
-// square of the steps in flight); memory O(tasks * (streams + log in_flight) + edges). The result depends on the
+// tasks and a bounded number for smaller ones, and O((tasks + edges) * streams) for the waits (under a budget, times
+// the square of the steps in flight); memory O(tasks * (streams + log in_flight) + edges). The result depends on the
 // arguments alone, not on the order of `edges`. `names` is empty or one per task, for messages. Throws
 // std::invalid_argument for bad arguments, a cycle of distance 0, bytes freed that are not alive, or a budget that no
 // sequential order tried keeps, even with one step in flight.

@@ -1,4 +1,5 @@
-// Random steps, good and bad, for fastlocal::pipeline; meant to be built with sanitizers. Arguments: how many steps, seed.
+// Random steps, good and bad, for fastlocal::pipeline; meant to be built with sanitizers. Arguments: how many
+// steps, seed.
 // Checks what can be checked in a line or two; the tests in Python check the rest.
 #include <cstdio>
 #include <cstdlib>
