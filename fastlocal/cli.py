@@ -30,6 +30,8 @@ BENCHES = {
     "accuracy": "short runs on real images, one record each",
     "plan_time": "planned memory and time against measured ones",
     "step_time": "milliseconds of a step: plain loop or official code against the engine, in turns",
+    "schedules": "schedules of a step against each other and BP: speed, memory, where the time goes",
+    "deep": "a thousand layers planned for a budget, and trained a little under the tracker",
 }
 GROUPS = {
     "data": "data",

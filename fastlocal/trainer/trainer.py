@@ -328,6 +328,8 @@ class Trainer:
                 self._settle()
                 signals.check()
             if self._stopping():
+                self._settle()
+                self.should_stop = True  # whatever callbacks say of the steps that were in flight
                 break
             batch = next(stream, None) if self.accumulate == 1 else following
             if self.save_every and self.seen % self.save_every == 0 and batch is not None:
