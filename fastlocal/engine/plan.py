@@ -159,7 +159,7 @@ class BlockPlan:
 
 @dataclass
 class Plan:
-    """What a step costs. ``peak_bytes`` is the sum of the five parts it is made of.
+    """What a step costs. In sequence ``peak_bytes`` is the sum of the five parts that it is made of.
 
     Attributes:
         method, device, rows, precision: what was planned.
@@ -407,7 +407,9 @@ class Plan:
         )
 
     def draw(self, path: str | Path, bp: Plan | None = None) -> None:
-        """Bars per block: bytes at its peak by what they are, and time below. The format is the suffix of ``path``.
+        """Bars per block of the sequential step: bytes at its peak by what they are, and time below.
+
+        The format is the suffix of ``path``.
 
         ``bp``, the plan of the same network under back-propagation, adds a line at its peak.
 
@@ -418,11 +420,12 @@ class Plan:
         except ImportError as error:
             raise BackendError("matplotlib is not installed; pip install 'fastlocal[demo]'") from error
         at = range(len(self.blocks))
+        peak = self.resident_bytes + max(b.peak_bytes for b in self.blocks)
         whole = self.resident_bytes / 2**20
         fig = Figure(figsize=(max(9.0, min(16.0, 4 + 0.3 * len(self.blocks))), 7), layout="constrained")
         fig.suptitle(
             f"{self.method.partition('(')[0]}, {len(self.blocks)} blocks, {self.rows} rows, {self.precision}: "
-            f"peak {_mib(self.peak_bytes)} MiB, {self.seconds * 1e3:.1f} ms a step", fontsize=12,
+            f"peak {_mib(peak)} MiB, {self.seconds * 1e3:.1f} ms a step", fontsize=12,
         )  # fmt: skip
         memory, time = fig.subplots(2, 1, sharex=True)
         low = [whole] * len(self.blocks)
@@ -433,11 +436,11 @@ class Plan:
             sizes = [getattr(b, f"{key}_bytes") / 2**20 for b in self.blocks]
             memory.bar(at, sizes, bottom=low, color=color, label=label)
             low = [a + b for a, b in zip(low, sizes)]
-        memory.axhline(self.peak_bytes / 2**20, color="black", linewidth=0.8, label="peak of the step")
+        memory.axhline(peak / 2**20, color="black", linewidth=0.8, label="peak of the step")
         if bp is not None:
             memory.axhline(bp.peak_bytes / 2**20, color="black", linestyle="--", linewidth=0.8, label="peak under BP")
         memory.set_ylabel("MiB at the block's peak")
-        memory.set_ylim(0, 1.05 * max(self.peak_bytes, bp.peak_bytes if bp else 0) / 2**20)
+        memory.set_ylim(0, 1.05 * max(peak, bp.peak_bytes if bp else 0) / 2**20)
         memory.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
         time.bar(at, [b.seconds * 1e3 for b in self.blocks], color="#009E73")
         time.set_ylabel(f"ms on {self.device.name}")
