@@ -49,7 +49,7 @@ NOT_GREEN = "no figures: not all of its GPU tests passed in this run"
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a network. ``rivals``: whether BP takes part."""
+    """A method on a network. ``rivals``: whether BP takes part; ``schedules``: whether the engine's other schedules do."""
 
     method: str
     blocks: int
@@ -57,6 +57,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     model: str = "resnet110"
     rivals: str = ""  # "", "eager" or "compiled"
+    schedules: bool = False
 
     @property
     def name(self) -> str:
@@ -72,7 +73,7 @@ class Variant:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     graph_peak: int | None = None
-    captured: bool = False  # by the step itself, after a few eager ones
+    captures: int = 0  # steps within which it captures graphs by itself
     about: Callable[[], str] = str  # what the engine says that it does
 
     def static_bytes(self) -> int:
@@ -113,6 +114,10 @@ class Steps:
         for precision, layout in (("fp32", ""), ("bf16", last)):
             name = f"engine graph, {precision} {layout}".strip()
             found[name] = functools.partial(self.engine, precision, layout, graph="on")
+        for schedule in ("overlap", "pipeline") if self.case.schedules else ():
+            for graph in ("off", "on"):  # a round of captured pieces, composed into one graph
+                name = f"engine {'graph ' if graph == 'on' else ''}{schedule}, {low} {last}"
+                found[name] = functools.partial(self.engine, low, last, graph=graph, schedule=schedule)
         if self.case.rivals:
             found["BP, fp32"] = functools.partial(self.bp, "fp32", "")
             rivals = {
@@ -146,7 +151,9 @@ class Steps:
 
         return Variant(step, model, optimizer)
 
-    def engine(self, precision: str, layout: str, graph: Literal["on", "off"] = "off") -> Variant:
+    def engine(
+        self, precision: str, layout: str, graph: Literal["on", "off"] = "off", schedule: str = "sequential"
+    ) -> Variant:
         model, x = self._own(self.model, "")
         run = fl.Engine(
             model,
@@ -154,10 +161,15 @@ class Steps:
             precision={"fp32": "32-true", "bf16": "bf16-mixed"}[precision],
             memory_format="channels_last" if layout else "preserve",
             graph=graph,
+            schedule=schedule,  # type: ignore[arg-type]
         )
         x = x.contiguous(memory_format=torch.channels_last) if layout else x
         return Variant(
-            lambda: run.step(x, self.y).losses[-1], model, run.optimizer, captured=graph == "on", about=run.explain
+            lambda: run.step(x, self.y).losses[-1],
+            model,
+            run.optimizer,
+            captures=0 if graph == "off" else 4 if schedule == "sequential" else 12,  # of every phase of a pipeline
+            about=run.explain,
         )
 
     def bp(
@@ -235,13 +247,18 @@ def _cases(model: str, batches: tuple[int, ...], many: int, depth: int, few: int
     for batch in batches:
         found += [
             Case("auglocal", many, batch, {"depth": depth}, model=model),
-            Case("dgl", many, batch, model=model),
+            Case("dgl", many, batch, model=model, schedules=few > 0),
         ]
         if few:
-            found.append(Case("dgl", few, batch, model=model, rivals="eager"))
+            found.append(Case("dgl", few, batch, model=model, rivals="eager", schedules=True))
     if few:
         found += [Case("bp", 1, batch, model=model, rivals="compiled") for batch in batches]
     return tuple(found)
+
+
+def schedule_cases() -> tuple[Case, ...]:
+    """Those in which the engine's schedules stand beside each other and BP."""
+    return tuple(case for case in real().cases if case.schedules)
 
 
 def _others(model: str, batch: int, many: int) -> tuple[Case, ...]:
@@ -378,8 +395,9 @@ class Bench:
                 record["first_loss"] = float(variant.step())
                 for _ in range(2):
                     variant.step()
-                if variant.captured:  # its memory is the graph's own, taken while it is captured
-                    record["peak_bytes"] = self.device.peak(lambda: [variant.step() for _ in range(4)])  # noqa: B023
+                if variant.captures:  # its memory is the graph's own, taken while it is captured
+                    many = range(variant.captures)
+                    record["peak_bytes"] = self.device.peak(lambda: [variant.step() for _ in many])  # noqa: B023
                 elif variant.graph_peak is None:
                     variant.forget_gradients()
                     record["peak_bytes"] = self.device.peak(variant.step)

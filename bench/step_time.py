@@ -57,9 +57,12 @@ def variants(model: fl.LocalModel, x: torch.Tensor, y: torch.Tensor) -> dict[str
     }
 
 
-def backprop(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
-    """End-to-end backprop of the same backbone, for scale."""
-    own = copy.deepcopy(net)
+def backprop(net: nn.Module, x: torch.Tensor, y: torch.Tensor, compiled: bool = False) -> Callable[[], Any]:
+    """End-to-end backprop of the same backbone, for scale; ``compiled``: every unit by ``torch.compile``."""
+    own: Any = copy.deepcopy(net)
+    for _, unit in own.units() if compiled else ():
+        if isinstance(unit, nn.Module):
+            unit.compile(dynamic=False)
     optimizer = torch.optim.SGD(own.parameters(), **SGD)
 
     def step() -> float:

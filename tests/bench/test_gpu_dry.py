@@ -35,11 +35,11 @@ def test_every_variant_of_every_case_was_timed(dry: tuple[str, list[dict[str, An
         model = fl.localize(fl.models.create("resnet20"), "dgl", blocks=3, sample=torch.randn(2, 3, 8, 8))
         assert got == set(gpu.Steps(case, model, torch.zeros(0), torch.zeros(0), gpu.Cpu()).makers())
     steps = [r for r in records if r["kind"] in ("step", "refused")]
-    assert len({r["variant"] for r in steps}) == 17 and len(steps) == 49
+    assert len({r["variant"] for r in steps}) == 21 and len(steps) == 57
     # Without a device the engine says that it captures nothing, and that is a record of its own.
     assert all(r["variant"].startswith("engine graph") and r["why"] for r in steps if r["kind"] == "refused")
     steps = [r for r in steps if r["kind"] == "step"]
-    assert len(steps) >= 39
+    assert len(steps) >= 43
     assert all(r["finite"] and r["seconds"] and r["steps_per_second"] > 0 and r["peak_bytes"] > 0 for r in steps)
     assert all(r["first_loss_agrees"] for r in steps if not r["variant"].startswith("BP"))
     timed = [r for r in records if r["kind"] == "operator"]
@@ -172,7 +172,7 @@ def test_the_table_says_where_a_rival_is_faster_and_where_bandwidth_is_lost() ->
 
 
 def test_a_variant_that_fails_is_a_record_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(self: gpu.Steps, precision: str, layout: str, graph: str = "off") -> gpu.Variant:
+    def fail(self: gpu.Steps, precision: str, layout: str, graph: str = "off", schedule: str = "") -> gpu.Variant:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nand more lines")
 
     monkeypatch.setattr(gpu.Steps, "engine", fail)
@@ -180,7 +180,7 @@ def test_a_variant_that_fails_is_a_record_and_stops_nothing(monkeypatch: pytest.
     records = gpu.Bench(sizes, gpu.Cpu(), tmp_path / "out" / "b.jsonl", budget=100).run()
     failed = [r for r in records if "error" in r]
     assert (
-        len(failed) == 6 and failed[0]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB"
+        len(failed) == 10 and failed[0]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB"
     )
     assert [r["variant"] for r in records if "median" in r] == ["plain loop, fp32", "plain loop, bf16 channels_last"]
     assert "OutOfMemoryError" in gpu.table(records)
