@@ -19,7 +19,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlocal.engine import _native
@@ -27,6 +26,21 @@ from tests.csrc.fake_cuda import FakeCuda, play
 from tests.engine.recorder import READS, _one_hot
 
 PRODUCTS = ("mm", "addmm", "bmm", "convolution", "convolution_backward")
+
+
+def _map(kind: type, f: Callable[[Any], Any], x: Any) -> Any:
+    """``f`` of everything of a type in the arguments or results of an operator."""
+    if isinstance(x, kind):
+        return f(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(_map(kind, f, v) for v in x)
+    return {k: _map(kind, f, v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _leaves(x: Any) -> list[Any]:
+    if isinstance(x, (list, tuple)):
+        return [leaf for v in x for leaf in _leaves(v)]
+    return [leaf for v in x.values() for leaf in _leaves(v)] if isinstance(x, dict) else [x]
 
 
 class Block:
@@ -124,7 +138,7 @@ class _Recording(TorchDispatchMode):
         if name in READS or name == self.fail_at:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
         known = set()
-        for t in pytree.tree_leaves((args, kwargs)):
+        for t in _leaves((args, kwargs)):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
                 at = storage.data_ptr()
@@ -132,15 +146,15 @@ class _Recording(TorchDispatchMode):
                 self._touch(self._block(at))
                 if self._block(at) is None and at not in self.before:
                     self.before[at] = (storage, torch.empty(0, dtype=torch.uint8).set_(storage).clone())  # type: ignore[call-overload]
-        given = pytree.tree_map_only(Tensor, self._place, (args, kwargs))
+        given = _map(Tensor, self._place, (args, kwargs))
         out = func(*args, **kwargs)
-        for t in pytree.tree_leaves(out):
+        for t in _leaves(out):
             at = t.untyped_storage().data_ptr() if isinstance(t, Tensor) else 0
             if at and at not in known and self._block(at) is None and at not in self.before:
                 block = self._pool.take(t, self._touch)
                 self._known[block.address] = block
                 self.blocks.append(block)
-        self.calls.append(Call(func, *given, pytree.tree_map_only(Tensor, self._place, out), name in PRODUCTS))
+        self.calls.append(Call(func, *given, _map(Tensor, self._place, out), name in PRODUCTS))
         return out
 
     def _touch(self, block: Block | None) -> None:
@@ -247,7 +261,7 @@ class Composer:
         return work
 
     def _begin_product(self, call: Call, stream: int) -> None:
-        args, kwargs = pytree.tree_map_only(Place, Place.tensor, (call.args, call.kwargs))
+        args, kwargs = _map(Place, Place.tensor, (call.args, call.kwargs))
         self._workspaces[0 if self.one_workspace else stream] = call.func(*args, **kwargs)
 
     def _end_product(self, call: Call, stream: int) -> None:
@@ -255,12 +269,12 @@ class Composer:
 
 
 def _again(call: Call) -> None:
-    args, kwargs = pytree.tree_map_only(Place, Place.tensor, (call.args, call.kwargs))
+    args, kwargs = _map(Place, Place.tensor, (call.args, call.kwargs))
     _deliver(call.out, call.func(*args, **kwargs))
 
 
 def _deliver(places: Any, out: Any) -> None:
-    for place, new in zip(pytree.tree_leaves(places), pytree.tree_leaves(out), strict=True):
+    for place, new in zip(_leaves(places), _leaves(out), strict=True):
         if isinstance(place, Place):
             old = place.tensor()
             if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
