@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,10 +88,11 @@ def data_of(net: str, count: int = 20, rows: tuple[int, ...] = ROWS) -> list[Bat
 
 
 def local(method: str, net: str = "cnn", dropout: float = 0.0, mode: str = "paper", **options: Any) -> fl.LocalModel:
-    """The same model at every call."""
+    """The same model at every call. ``dropout``: in every other block and its head; with ``own`` where the net has it."""
     torch.manual_seed(0)
     make, side = NETS[net]
-    backbone = make(dropout)
+    own = options.pop("own", False)
+    backbone = make(dropout if own else 0.0)
     how: dict[str, Any] = {"blocks": 3, "mode": mode} | OPTIONS.get(method, {})
     if net == "gpt":
         how["tied"] = "untie"
@@ -100,25 +100,27 @@ def local(method: str, net: str = "cnn", dropout: float = 0.0, mode: str = "pape
         how["teacher"] = make(0.0)
     if method == "localmim":
         how["criterion"] = backbone.criterion
-    if method == "feature_reconstruction" and net != "cnn" and net != "deep cnn":
+    if method == "feature_reconstruction" and "cnn" not in net:
         how["first"] = "embedding"
     sample = torch.randn(2, 3, side, side) if side else torch.randint(13, (2, 8))
     model = fl.localize(backbone, method, sample=sample, **(how | options))
-    if dropout:  # in every head, too
-        for head, block in zip(model.heads, model.blocks):
-            if _add_dropout(head, dropout):
-                block.random = True
+    if dropout and not own:
+        for block in model.blocks[1::2]:
+            layers = [s.module for s in block.parameter_slots() if isinstance(s.module, nn.Linear | nn.Conv2d)]
+            for layer in (layers[0], layers[-1]):
+                layer.register_forward_pre_hook(_Dropped(dropout))
+            block.random = True
     return model
 
 
-def _add_dropout(head: nn.Module, p: float) -> bool:
-    """In front of the first Linear of a head."""
-    for module in head.modules():
-        for _name, child in list(module.named_children()):
-            if type(child) is nn.Linear and not isinstance(module, nn.MultiheadAttention):
-                child.register_forward_pre_hook(lambda m, inputs: (nn.functional.dropout(inputs[0], p, m.training),))
-                return True
-    return False
+class _Dropped:
+    """Dropout on what goes into a layer."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (nn.functional.dropout(inputs[0], self.p, module.training),)
 
 
 def sgd(named: Any) -> torch.optim.Optimizer:
@@ -244,11 +246,39 @@ def assert_same(got: Run, expected: Run) -> None:
     assert numbers == sorted(expected.losses), "outputs are complete and in order"
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def in_any_order(run: fl.Engine, data: list[Batch], seed: int, ahead: int = 3) -> Run:
+    """Runs the tasks of up to ``ahead`` steps one by one, each time one of those whose dependencies are done."""
+    rounds, draw, record = run._rounds, random.Random(seed), Run()
+    assert rounds is not None
+    rounds.in_flight = max(2, rounds.in_flight)
+    tasks, before = rounds._step.tasks, [[] for _ in rounds._step.tasks]
+    for u, v, distance in rounds._step.edges:
+        before[v].append((u, distance))
+    flights: dict[int, Any] = {}
+    done: set[tuple[int, int]] = set()
+    admitted, step = 0, rates(run)
+    with warnings.catch_warnings(), run._deterministic(), run._served(), run.model.passes.applied():
+        warnings.simplefilter("ignore")  # the scheduler's step comes before the optimizer's
+        while len(record.order) < len(data):
+            ready = [
+                (t, v)
+                for t in flights
+                for v in range(len(tasks))
+                if (t, v) not in done and all(t < d or (t - d, u) in done for u, d in before[v])
+            ]
+            if admitted < len(data) and len(flights) < ahead and (not ready or draw.random() < 0.3):
+                x, y = data[admitted]
+                rounds._next = admitted
+                flights[admitted] = rounds._admit(((x,), {}, y))
+                admitted += 1
+                step()
+                continue
+            t, v = draw.choice(ready)
+            rounds._do(flights[t], tasks[v])
+            done.add((t, v))
+            oldest = len(record.order)
+            if all((oldest, i) in done for i in range(len(tasks))):
+                run._completed(flights.pop(oldest).output())
+                record.note(run._outputs.popleft())
+    record.end = tensors(run)
+    return record
