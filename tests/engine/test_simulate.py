@@ -40,6 +40,9 @@ def _seconds(cost, schedule, ranks, microbatches=1, **how):
         # with one place on the link, rank 0 begins when rank 1 is done with its last input: at 4, 8, ...
         ("local", 2, 1, {"buffers": 1}, 4),
         ("local", 2, 1, {"buffers": 1, "latency": 0.5}, 4.5),
+        # two places and 10 s on the way: rank 1 ends at 14, 17, 28, 31, 42, ..., two steps in 14 s
+        ("local", 2, 1, {"latency": 10.0}, 7),
+        ("local", 2, 1, {"latency": 10.0, "buffers": 5}, 3),
         # one micro-batch: forward through all ranks, and back; every message waits
         ("gpipe", 2, 1, {}, 6),
         ("1f1b", 2, 1, {}, 6),
