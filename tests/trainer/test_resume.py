@@ -68,3 +68,6 @@ def test_the_soak_covers_every_method_and_precision() -> None:
         (m, p, a) for m in METHODS for p in ("32-true", "bf16-mixed") for a in (1, 5)
     }
     assert any(c.extras for c in cases)
+    scheduled = {(c.method, c.precision) for c in cases if "pipeline" in c.schedules}
+    assert scheduled == {(m, p) for m in METHODS if m != "bp" for p in ("32-true", "bf16-mixed")}
+    assert {s for c in cases for s in c.schedules} == {"auto", "sequential", "overlap", "pipeline"}
