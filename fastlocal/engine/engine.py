@@ -416,7 +416,7 @@ class Engine:
             updated = 0 if self.update == "end" else self._updated
             self._undo()
             if is_out_of_memory(error):
-                raise out_of_memory(error, model, *self._at, self.steps, self.device, updated) from error
+                raise out_of_memory(error, model, *self._at, self.steps, self.device, range(updated)) from error
             raise
         return flight.output()
 

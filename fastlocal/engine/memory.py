@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection
 
 import torch
 
@@ -42,7 +43,13 @@ def peak_bytes(device: torch.device | None = None) -> int | None:
 
 
 def out_of_memory(
-    error: BaseException, model: LocalModel, k: int, phase: str, step: int, device: torch.device, updated: int
+    error: BaseException,
+    model: LocalModel,
+    k: int,
+    phase: str,
+    step: int,
+    device: torch.device,
+    updated: Collection[int],
 ) -> OutOfMemoryError:
     """The error to raise instead of ``error``, which came up in ``phase`` of block k."""
     block = model.blocks[k]
@@ -52,7 +59,10 @@ def out_of_memory(
     advice += ["precision='bf16-mixed'", "a smaller auxiliary head"]
     peak = peak_bytes(device)
     so_far = "" if peak is None else f"peak so far {peak / 2**30:.2f} GiB on {device}, and "
-    kept = f"blocks 0 to {updated - 1} were updated" if updated else "no block was updated"
+    done = sorted(updated)
+    prefix = done and done == [*range(len(done))]
+    which = f"0 to {done[-1]}" if prefix else ", ".join(map(str, done))
+    kept = f"blocks {which} were updated" if done else "no block was updated"
     return OutOfMemoryError(
         f"out of memory in block {k} ('{block.name}'), {phase}, at step {step}; {so_far}"
         f"this block saves {block.cost.saved_bytes / 2**20:.2f} MiB a sample. {kept[0].upper()}{kept[1:]} in this step; "

@@ -243,7 +243,7 @@ class Rounds:
                 failed: Failed = error._fastlocal_task  # type: ignore[attr-defined]
                 raise out_of_memory(
                     error, engine.model, max(failed.task.block, 0), failed.task.kind, failed.flight.step, engine.device,
-                    len(failed.flight.updated),
+                    () if together else failed.flight.updated,
                 ) from error  # fmt: skip
             raise
 
