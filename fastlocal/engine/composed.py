@@ -713,11 +713,15 @@ class ComposedRounds(Rounds):
         """One launch; the step at the last stage is complete then."""
         composition = self._composition
         assert composition is not None
-        line = [new, *self._line[:-1]]
-        self._line = [None] * composition.stages  # those in flight are lost where the launch fails
-        composition.launch([None if step is None else step.variant for step in line])
+        self._line = line = [new, *self._line[:-1]]
+        try:
+            composition.launch([None if step is None else step.variant for step in line])
+        except BaseException as error:
+            error.add_note(f"Dropped: {self._steps_in_flight()}, of which some blocks may have had their update.")
+            self._line = [None] * composition.stages
+            self._hold = [-1] * composition.variants  # who knows what has run
+            raise
         self.launches += 1
-        self._line = line
         done = line[-1]
         if done is None:
             return

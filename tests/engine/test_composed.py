@@ -605,10 +605,11 @@ def test_a_launch_that_fails_is_named_and_drops_what_was_in_flight() -> None:
     pair.composer.cuda.fail_at(1)
     with pytest.raises(
         BackendError, match=r"graph: a round could not be launched.*cudaGraphLaunch failed for a round of \d+ tasks"
-    ):
+    ) as failure:
         pair.graph.step(*batch(6))
     pair.composer.cuda.fail_at(0)
-    assert not pair.rounds.busy
+    assert not pair.rounds.busy and set(pair.rounds._hold) == {-1}
+    assert failure.value.__notes__ == ["Dropped: steps 5, 6, of which some blocks may have had their update."]
     pair.rounds._composition.close()
     pair.composer.cuda.fail_at(2)
     with pytest.raises(
