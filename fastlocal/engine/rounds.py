@@ -87,6 +87,9 @@ class Rounds:
         if not self._flights:
             self._next = engine.steps
         if self.in_flight > 1 and _step_hooks(engine):
+            if engine._chooser is not None:
+                engine._chooser.overlap_only().step(args, kwargs, target)
+                return
             raise BackendError(
                 "schedule: 'pipeline' has no moment at which every block is at the same step, but hooks are registered on the "
                 "steps of engine.optimizer; remove them, or use schedule='overlap'"

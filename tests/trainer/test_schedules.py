@@ -627,6 +627,21 @@ def test_a_resumed_run_keeps_what_auto_chose(
     assert rounds is None or rounds.in_flight == 1  # what this one can do
 
 
+def test_hooks_on_the_optimizer_end_a_pipeline_that_auto_chose(two_threads: None) -> None:
+    """By name it is refused; what auto chose must not fail because something is registered later."""
+    trainer = make(deterministic=False, scheduler=None)
+    chooser = trainer.engine._chooser
+    assert chooser is not None
+    chooser.choose("pipeline")
+    trainer.fit(source(), epochs=1)
+    steps: list[int] = []
+    trainer.engine.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.engine.steps))
+    trainer.fit(source(), epochs=2)
+    assert steps == list(range(BATCHES, 2 * BATCHES))
+    assert trainer.engine._rounds is not None and trainer.engine._rounds.kind == "overlap"
+    assert chooser.choice == "overlap" and "hooks are registered" in trainer.engine.explain()
+
+
 def test_other_threads_in_an_operator_are_said(tmp_path: Path, two_threads: None) -> None:
     make(tmp_path, schedule="sequential").fit(source(), epochs=2, limit=2)
     trainer = make(tmp_path, schedule="overlap", workers=2)
