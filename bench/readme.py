@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastlocal.bench import accuracy, demo, kernels, ledger
+from fastlocal.bench import accuracy, demo, kernels, ledger, schedules
 from fastlocal.bench import methods as method_table
 from fastlocal.errors import ArgumentError
 from fastlocal.methods import list_methods
@@ -168,6 +168,22 @@ def _step_time_table(command: str, record: dict[str, Any]) -> str:
     return f"{title}\n\n{table(rows)}"
 
 
+def schedules_part(root: Path) -> str:
+    records = schedules.read(root / "bench" / "results" / "schedules.jsonl")
+    if not records:
+        return "No run is recorded here yet. `python -m fastlocal.bench.schedules` measures and prints a table."
+    machine, threads = records[-1]["machine"], records[-1]["threads"]
+    about = (
+        'Speed over `schedule="sequential"` in the same run, medians of steps that take turns (over 1 is faster); the most bytes '
+        "alive beyond weights, optimizer state and batch; what the executor costs the host in a step. "
+        'Where `"auto"` chose the sequential step it runs nothing else, so its figure there shows how far two runs of the same are '
+        "apart on this machine. "
+        f"{machine['cpu']['name']}, {threads} threads, torch {machine['torch']['version']}. "
+        "`python -m fastlocal.bench.schedules`"
+    )
+    return f"{about}\n\n{table(schedules.rows(records))}"
+
+
 def _accuracy(rows: Callable[[list[dict[str, Any]]], list[list[str]]], left: int = 1) -> Callable[[Path], str]:
     """A part that is one table of the recorded accuracies."""
 
@@ -242,6 +258,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "method_costs": method_costs_part,
     "kernels": kernels_part,
     "step_time": step_time_part,
+    "schedules": schedules_part,
     "methods": methods_part,
     "accuracy": accuracy_part,
     "accuracy_conditions": accuracy_conditions_part,

@@ -1,8 +1,9 @@
 """Schedules of one step against each other and against back-propagation, in turns: speed, memory, and where the time goes.
 
-    python -m fastlocal.bench.schedules [--only fp32,bf16] [--rounds 9] [--threads 2] [--record]
+    python -m fastlocal.bench.schedules [--only fp32,bf16] [--rounds 5] [--threads 2] [--record]
 
-Every variant trains its own copy of the same weights on the same batch, and the variants take turns, a step each. For
+Every variant trains its own copy of the same weights on the same batch, and the variants take turns in an order drawn anew
+each round: a step to come back, then two that are timed. For
 ``overlap`` and ``pipeline`` a second look says where a round's time goes: what its tasks take beside each other and one
 after the other, how long a lane has nothing to run, and what the executor itself costs the host. On a CUDA device the
 cases and variants are those of fastlocal.bench.gpu, composed graphs among them (also part of ``make gpu``).
@@ -14,6 +15,7 @@ import argparse
 import copy
 import gc
 import json
+import random
 import statistics
 import threading
 import time
@@ -27,13 +29,14 @@ import torch
 
 import fastlocal as fl
 from fastlocal import info
-from fastlocal.bench.step_time import SGD, backprop, measure
+from fastlocal.bench.step_time import SGD, backprop
 from fastlocal.blocks.measure import StorageTracker
 from fastlocal.engine.rounds import Rounds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "schedules.jsonl"
 SCHEDULES = ("sequential", "overlap", "pipeline", "auto")
 BASE = "sequential"
+TIMED = 2  # steps of a turn
 _MOST_WARM_UP = 40  # steps until "auto" must have chosen
 
 
@@ -274,7 +277,25 @@ def _median(rows: list[dict[str, float]]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------------- the run
 
 
-def run_case(case: Case, rounds: int, threads: int, looks: int = 5) -> dict[str, Any]:
+def measure(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant, two in every round.
+
+    Who ran before shows in a step's time (idle threads, caches, freed memory), so the first step of a turn is not timed, and
+    no variant always follows the same other.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    draw = random.Random(0)
+    for _ in range(rounds):
+        for name in draw.sample(list(steps), len(steps)):
+            steps[name]()
+            for _ in range(TIMED):
+                begin = time.perf_counter()
+                steps[name]()
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def run_case(case: Case, rounds: int, threads: int, looks: int = 3) -> dict[str, Any]:
     """One record: seconds of every step of every variant, peaks, profiles, and what was left out and why."""
     torch.set_num_threads(threads)
     ready: dict[str, Variant] = {}
@@ -344,6 +365,8 @@ def rows(records: list[dict[str, Any]]) -> list[list[str]]:
     found = [[*head, f"peak MiB: {', '.join(memory)}", f"host us: {', '.join(host)}"]]
     for r in records:
         speeds = {name: f"{ratio(r, name):.2f}" for name in r["seconds"]}
+        if r["about"].get("auto", "").startswith("schedule: sequential"):
+            speeds["auto"] += " (sequential)"
         peaks = {name: f"{peak / 2**20:,.0f}" for name, peak in r["peak_bytes"].items()}
         hosts = {name: f"{of['host'] * 1e6:,.0f}" for name, of in r["profile"].items()}
         found.append(
@@ -369,7 +392,7 @@ def read(path: Path = RESULTS) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"some of {','.join(CASES)} (all)")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of every variant that are timed (9)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every variant, of two timed steps each (5)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (2)")
     parser.add_argument("--budget", type=float, default=120, help="seconds, on a CUDA device (120)")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.relative_to(RESULTS.parents[2])}")

@@ -42,6 +42,9 @@ def test_every_variant_of_every_case_was_timed(dry: tuple[str, list[dict[str, An
     assert len(steps) >= 43
     assert all(r["finite"] and r["seconds"] and r["steps_per_second"] > 0 and r["peak_bytes"] > 0 for r in steps)
     assert all(r["first_loss_agrees"] for r in steps if not r["variant"].startswith("BP"))
+    for schedule in ("overlap", "pipeline"):
+        found = [r["about"] for r in steps if r["variant"] == f"engine {schedule}, bf16 channels_last"]
+        assert len(found) == 2 and all(about.startswith(f"schedule: {schedule}") for about in found)
     timed = [r for r in records if r["kind"] == "operator"]
     for case in tiny_cases():
         got = {(r["variant"], r["mode"]) for r in timed if r["case"] == case.name}
