@@ -31,6 +31,7 @@ from fastlocal.errors import ArgumentError, BackendError
 if TYPE_CHECKING:
     from fastlocal.engine.engine import Engine
 
+_NEAR = 1.03  # rounds that are longer by less count as equal: costs are no better known, and memory decides
 WARM_UP = 2  # steps in sequence, before a schedule is made: the second is timed, task by task
 
 
@@ -194,7 +195,8 @@ class Rounds:
                     in_flight=self.in_flight, memory_budget=self.memory_budget, by_block=by_block,
                 )
             )  # fmt: skip
-        self.schedule = min(tried, key=lambda s: s.plan.period)
+        shortest = min(s.plan.period for s in tried)
+        self.schedule = min((s for s in tried if s.plan.period <= _NEAR * shortest), key=lambda s: s.plan.peak_bytes)
         if engine.device.type == "cuda":
             self._lanes = StreamLanes(engine.device, self.schedule.streams)
         elif self.threads > 1:
