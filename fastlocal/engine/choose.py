@@ -22,8 +22,8 @@ _GAIN = 0.95  # of the time of a sequential step: what another schedule must sta
 class Chooser:
     """Times sequential steps, then, where the costs of its tasks promise a gain, steps of a schedule with several workers.
 
-    All of these are steps of the training. The choice is made once, and again where the batch has another size while it is
-    being made. It is part of the engine's state, so that a resumed run goes on with it.
+    All of these are steps of the training. A batch of another size is not timed; several in a row begin anew. The choice is
+    made once, and is part of the engine's state, so that a resumed run goes on with it.
 
     Args:
         engine: complete but for this.
@@ -38,6 +38,7 @@ class Chooser:
         self.choice: str | None = None
         self._why = ""
         self._size: torch.Size | None = None
+        self._others = 0  # batches of another size in a row
         self._skip, self._before, self._planned = _SETTLING, 0.0, False
         self._times: list[float] = []
 
@@ -63,7 +64,13 @@ class Chooser:
         if self.choice is not None:
             return
         engine, rounds = self._engine, self._engine._rounds
-        if x is not None and x.shape != self._size:
+        if x is None or x.shape == self._size:
+            self._others = 0
+        elif self._size is not None and self._others + 1 < _TIMED:  # such as the last batch of an epoch
+            self._others += 1
+            self._skip = max(self._skip, 1 if rounds is None else rounds.in_flight)
+            return
+        else:
             if self._size is not None:
                 self._sequential("")
                 self._restart()
@@ -143,6 +150,6 @@ class Chooser:
         self._why = f"{why}, in sequence {self._before * 1e3:.1f}" if self._before else why
 
     def _restart(self) -> None:
-        self.choice = None
+        self.choice, self._others = None, 0
         self._skip, self._before, self._planned = _SETTLING, 0.0, False
         self._times.clear()

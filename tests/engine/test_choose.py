@@ -127,17 +127,29 @@ def test_outputs_that_wait_come_in_order_after_a_return_to_sequence(monkeypatch:
 def test_a_batch_of_another_shape_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     wound = Wound(monkeypatch, scheduled=STEP / 2, in_flight=2)
     wound.steps(SEQUENTIAL - 1)
-    wound.steps(1, rows=3)
+    wound.steps(_TIMED, rows=3)
     wound.steps(SEQUENTIAL - 2, rows=3)
     assert wound.running == "sequential" and wound.choice is None
     wound.steps(1 + WARM_UP + 2, rows=3)
     assert wound.running == "pipeline" and wound.choice is None
-    wound.steps(1, rows=4)
+    wound.steps(_TIMED, rows=4)
     assert wound.running == "sequential" and wound.choice is None, "in the middle of the trial, too"
     wound.steps(TRIED, rows=4)
     assert wound.choice == "pipeline"
     wound.steps(3, rows=3)
     assert wound.choice == "pipeline", "once made, the choice stays"
+
+
+def test_a_ragged_batch_is_not_timed_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    wound = Wound(monkeypatch, scheduled=STEP / 2)
+    for _ in range(TRIED):  # epochs of two batches, the last one smaller
+        wound.steps(1)
+        wound.sequential = wound.scheduled = STEP * 100
+        wound.steps(1, rows=3)
+        wound.sequential, wound.scheduled = STEP, STEP / 2
+    wound.steps(TRIED)
+    assert wound.choice == "overlap"
+    assert f"7.0 ms a step, in sequence {STEP * 1e3:.1f}" in wound.run.explain()
 
 
 def test_the_numbers_are_those_of_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
