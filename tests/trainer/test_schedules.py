@@ -360,9 +360,12 @@ def test_outputs_that_somebody_else_took_are_left_out() -> None:
 
     taken: list[int | None] = []
     trainer = make(callbacks=[told, LambdaCallback(on_step_end=take)], **WHOLE)
-    trainer.fit(source(), epochs=1)
+    (row,) = trainer.fit(source(), epochs=1)
     assert taken == [5, 6, 7][: ahead(trainer)] and trainer.engine.steps == BATCHES
     assert told.steps == [step for step in range(BATCHES) if step not in taken]
+    sizes = torch.tensor([len(y) for step, (_, y) in enumerate(source().epoch(0)) if step not in taken])
+    mean = (torch.stack(told.losses) * sizes[:, None]).sum(0) / sizes.sum()  # each with the rows of its own step
+    assert [row[f"loss_{k}"] for k in range(4)] == pytest.approx(mean.tolist(), rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ what fails
