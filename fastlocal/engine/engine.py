@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -235,6 +236,9 @@ class Engine:
                 if composer is None
                 else ComposedRounds(self, kind, workers, depth, budget, composer)
             )
+        if self.schedule != "sequential":
+            own = weakref.ref(self)
+            self.optimizer.register_state_dict_pre_hook(lambda _: _settle(own()))
         self._keeps_inputs = model.window > 1 or model.method.reads_boundary  # until its head or backward is done
         self._after = [
             [task for task in run if task.kind != "free" or self._keeps_inputs]
@@ -864,6 +868,11 @@ class Engine:
                 self.model.explain(),
             ]
         )
+
+
+def _settle(engine: Engine | None) -> None:
+    if engine is not None:
+        engine._settle()
 
 
 def _default_workers(device: torch.device) -> int:

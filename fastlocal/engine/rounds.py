@@ -132,9 +132,9 @@ class Rounds:
         plan = self.schedule.plan
         lanes = "stream" if self._engine.device.type == "cuda" else "thread"
         count = max(plan.stream) + 1
-        text = f"schedule: {self.kind}; {count} {lanes}{'s' * (count > 1)}, {plan.in_flight} steps in flight"
+        text = f"schedule: {self.kind}; {count} {lanes}{_s(count)}, {plan.in_flight} step{_s(plan.in_flight)} in flight"
         if lanes == "thread":
-            text += f", {self._intra_op} thread(s) in an operator"
+            text += f", {self._intra_op} thread{_s(self._intra_op)} in an operator"
             if self.threads < self.workers:
                 text += f"; all on the calling thread, because {self._why_one}"
         return f"{text}; a round is {plan.period * 1e3:.2f} ms by the costs of its tasks, {sum(self.schedule.cost) * 1e3:.2f} in sequence"
@@ -388,6 +388,10 @@ def _is_watched() -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._top_saved_tensors_default_hooks(True)
     )
+
+
+def _s(count: int) -> str:
+    return "s" * (count != 1)
 
 
 def _ranges(numbers: set[int]) -> str:

@@ -225,6 +225,7 @@ def test_accumulation_between_steps_in_flight(name: str) -> None:
 # --- in the middle ----------------------------------------------------------------------------------------------------
 
 MIDDLE: dict[str, Callable[[fl.Engine], Any]] = {
+    "state_dict of the optimizer": lambda run: run.optimizer.state_dict(),
     "state_dict of the model": lambda run: run.model.state_dict(),
     "state_dict of the engine": lambda run: run.state_dict(),
     "eval": lambda run: run.model.eval(),
@@ -595,8 +596,7 @@ def test_explain_and_outputs_while_a_pipeline_fills() -> None:
     assert run._rounds is not None and run._rounds.schedule is not None
     flying = run._rounds.schedule.plan.in_flight
     assert (
-        f"schedule: pipeline; 3 threads, {flying} steps in flight, 1 thread(s) in an operator; a round is"
-        in run.explain()
+        f"schedule: pipeline; 3 threads, {flying} steps in flight, 1 thread in an operator; a round is" in run.explain()
     )
     empty = [out for out in outs if out.step is None]
     assert len(empty) == flying - 1 > 0
