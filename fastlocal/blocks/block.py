@@ -106,6 +106,10 @@ class Block:
     def head_parameters(self) -> list[nn.Parameter]:
         return [slot.value for slot in self._head_slots]  # type: ignore[misc]
 
+    def head_slots(self) -> tuple[Slot, ...]:
+        """Where the parameters and buffers of its head live."""
+        return (*self._head_slots, *self._head_buffers)
+
     def buffer_slots(self) -> tuple[Slot, ...]:
         return (*self.buffers, *self._head_buffers)
 

@@ -204,15 +204,24 @@ class _Access:
         self.count = len(model.blocks)
         self.owner = _owners(model)
         self.frozen = {_key(slot) for link in model.links for slot in link.frozen}
-        # what a link writes is read by the block that owns it, or by nobody knows whom
-        self.shared = any(not getattr(link, "private", False) for link in model.links)
+        # What a link writes is read by the block that owns it, or by nobody knows whom; in a head, by heads alone.
+        heads = {_key(slot) for block in model.blocks for slot in block.head_slots()}
+        outside = [_key(s) for link in model.links for s in link.frozen if _key(s) not in heads]
+        loose = [_key(s) for link in model.links if not getattr(link, "private", False) for s in link.frozen]
+        self.in_slices = {j for key in outside for j in ([self.owner[key]] if key in self.owner else range(self.count))}
+        self.by_all = any(key not in heads for key in loose)
+        self.by_heads = {self.owner[key] for key in loose if key in heads}
 
     def of(self, task: Task) -> tuple[set[Any], set[Any]]:
         k, model = task.block, self.model
         reads: set[Any] = set()
         writes: set[Any] = set()
         if task.kind in _SINGLE and k >= 0:
-            reads |= {("weights", k), *(("averages", j) for j in (range(self.count) if self.shared else (k,)))}
+            reads.add(("weights", k))
+        if task.kind in ("forward", "head", "backward"):
+            own = {k} if task.kind == "head" or k in self.in_slices else set()
+            shared = range(self.count) if self.by_all or model.summed else self.by_heads if task.kind == "head" else ()
+            reads |= {("averages", j) for j in own.union(shared)}
         if task.kind == "forward":
             reads.add(("boundary", k - 1))
             writes |= {("statistics", k), ("boundary", k), ("graph", k)}
