@@ -53,7 +53,7 @@ from fastlocal.engine.flight import Flight
 from fastlocal.engine.localize import _all_slots, _Builder, _put_back, localize, parse_bytes, prepare
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.optimizer import OptimizerFactory
-from fastlocal.engine.schedule import SCHEDULES, StepSchedule, make_schedule, refusal
+from fastlocal.engine.schedule import SCHEDULES, StepSchedule, best_schedule, make_schedule, refusal
 from fastlocal.engine.simulate import Comparison, Cost, compare, simulate
 from fastlocal.engine.tasks import StepTasks, compile_step
 from fastlocal.errors import ArgumentError, BackendError, did_you_mean
@@ -340,15 +340,14 @@ class Plan:
         if reason := self._one_order if schedule != "sequential" else "":
             return replace(self, schedule=replace(old, reasons={schedule: reason}))
         step = StepTasks(old.tasks, old.edges)
-        # on a GPU a backward runs on its forward's stream; on a CPU the engine takes the better of both
-        found = [
-            make_schedule(
-                schedule, step, old.cost, bytes_made=old.bytes_made, bytes_freed=old.bytes_freed, streams=streams,
-                in_flight=max(2, streams) if in_flight is None else in_flight, memory_budget=budget, by_block=by_block,
-            )
-            for by_block in ((True, False) if self.device.memory is None else (True,))
-        ]  # fmt: skip
-        return replace(self, schedule=min(found, key=lambda one: one.plan.period))
+        host = self.device.memory is None
+        if host and any(task.random for task in old.tasks):
+            streams = 1  # random numbers are drawn on the calling thread, and then all runs there
+        found = best_schedule(
+            schedule, step, old.cost, host=host, bytes_made=old.bytes_made, bytes_freed=old.bytes_freed, streams=streams,
+            in_flight=max(2, streams) if in_flight is None else in_flight, memory_budget=budget,
+        )  # fmt: skip
+        return replace(self, schedule=found)
 
     def draw_schedule(self, path: str | Path, steps: int | None = None) -> None:
         """A Gantt picture of the schedule, from the first to the last of ``steps``; the format is the suffix of ``path``.

@@ -24,14 +24,13 @@ from torch.utils import _pytree as pytree
 from fastlocal.engine import schedule as schedules
 from fastlocal.engine.flight import Flight
 from fastlocal.engine.memory import is_out_of_memory, out_of_memory
-from fastlocal.engine.schedule import StepSchedule, make_schedule
+from fastlocal.engine.schedule import StepSchedule, best_schedule
 from fastlocal.engine.tasks import Task, compile_step
 from fastlocal.errors import ArgumentError, BackendError
 
 if TYPE_CHECKING:
     from fastlocal.engine.engine import Engine
 
-_NEAR = 1.03  # rounds that are longer by less count as equal: costs are no better known, and memory decides
 WARM_UP = 2  # steps in sequence, before a schedule is made: the second is timed, task by task
 
 
@@ -187,16 +186,10 @@ class Rounds:
             sum(t.numel() * t.element_size() for t in tensors),
             4 if engine._dtype is None else engine._dtype.itemsize,
         )
-        tried = []
-        for by_block in (True, False) if engine.device.type == "cpu" else (True,):
-            tried.append(
-                make_schedule(
-                    self.kind, self._step, self._cost, bytes_made=made, bytes_freed=freed, streams=self.workers,
-                    in_flight=self.in_flight, memory_budget=self.memory_budget, by_block=by_block,
-                )
-            )  # fmt: skip
-        shortest = min(s.plan.period for s in tried)
-        self.schedule = min((s for s in tried if s.plan.period <= _NEAR * shortest), key=lambda s: s.plan.peak_bytes)
+        self.schedule = best_schedule(
+            self.kind, self._step, self._cost, host=engine.device.type == "cpu", bytes_made=made, bytes_freed=freed,
+            streams=self.workers, in_flight=self.in_flight, memory_budget=self.memory_budget,
+        )  # fmt: skip
         if engine.device.type == "cuda":
             self._lanes = StreamLanes(engine.device, self.schedule.streams)
         elif self.threads > 1:

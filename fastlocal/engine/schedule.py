@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastlocal.engine import _native
 from fastlocal.engine._native import Pipeline
 from fastlocal.engine.model import LocalModel
 from fastlocal.engine.tasks import Edge, StepTasks, Task
 
+_NEAR = 1.03  # rounds that are longer by less count as equal
 SCHEDULES = ("sequential", "overlap", "pipeline")
 
 
@@ -105,8 +107,6 @@ def make_schedule(
             bytes_made=made,
             bytes_freed=freed,
             group=[task.block for task in tasks] if by_block else None,
-            # a task that draws random numbers stays on the calling thread
-            pinned=[0 if task.random else -1 for task in tasks],
             streams=streams,
             in_flight=in_flight,
             memory_budget=memory_budget,
@@ -115,6 +115,19 @@ def make_schedule(
     return StepSchedule(
         kind, tasks, step.edges, list(cost), made, freed, streams, plan, dict(reasons or {}), memory_budget is not None
     )
+
+
+def best_schedule(kind: str, step: StepTasks, cost: Sequence[float], *, host: bool, **options: Any) -> StepSchedule:
+    """`make_schedule` for a kind of device: a host's threads take any task, a GPU's streams all of a block.
+
+    Of schedules that are as long as each other, within what costs are known to, the one that holds less.
+    """
+    tried = [
+        make_schedule(kind, step, cost, by_block=by_block, **options)
+        for by_block in ((True, False) if host else (True,))
+    ]
+    shortest = min(found.plan.period for found in tried)
+    return min((found for found in tried if found.plan.period <= _NEAR * shortest), key=lambda f: f.plan.peak_bytes)
 
 
 def _in_order(step: StepTasks, cost: list[float], made: list[int], freed: list[int]) -> Pipeline:

@@ -432,7 +432,7 @@ BELOW = {
     "triton_kernels": set(LEAVES),
     "blocks": {"ops", *LEAVES},
     "methods": {"blocks", "ops", *LEAVES},
-    "engine": {"methods", "blocks", "ops", *LEAVES},
+    "engine": {"methods", "blocks", "ops", "_native", *LEAVES},
     "models": {"ops", *LEAVES},
     "data": set(LEAVES),
     "compat": {"engine", "methods", "blocks", "ops", "models", *LEAVES},

@@ -417,7 +417,7 @@ def test_channels_last_reaches_the_weights_and_every_unit() -> None:
 def test_explain_says_what_serves_and_what_does_not() -> None:
     text = fl.Engine(localized(), momentum, update="end").explain()
     for line in (
-        "schedule: sequential; overlap and pipeline have no executor in this version",
+        "schedule: sequential; PyTorch has one thread here, which leaves none for a second worker",
         "graph: off; 'auto' is eager, because graphs have not been measured on a device",
         "backend: auto",
         "optimizer: fused step in 3 of 3 blocks",

@@ -260,8 +260,11 @@ def test_too_small_memory_budget_says_what_would_do() -> None:
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"schedule": "pipeline"}, BackendError, r"^schedule: 'pipeline' has no executor in this version; use 'sequential' or 'auto'"),
-        ({"schedule": "overlap"}, BackendError, r"^schedule: 'overlap' has no executor in this version; use 'sequential'"),
+        ({"schedule": "pipeline", "update": "end"}, BackendError, r"^schedule: 'pipeline' .* holds every update back.*; use 'overlap'"),
+        ({"schedule": "overlap", "graph": "on"}, BackendError, r"^graph: 'on' needs a CUDA device, the model is on cpu; move it"),
+        ({"workers": 0}, ArgumentError, r"^workers: got 0; give an integer of at least 1, or None"),
+        ({"in_flight": True}, ArgumentError, r"^in_flight: got True; give an integer of at least 1"),
+        ({"memory_budget": "much"}, ArgumentError, r"^memory_budget"),
         ({"schedule": "fast"}, ArgumentError, r"^schedule: got 'fast'; valid are 'auto', 'sequential', 'overlap', 'pipeline'"),
         ({"graph": "on"}, BackendError, r"^graph: 'on' needs a CUDA device, the model is on cpu; move it there"),
         ({"graph": True}, ArgumentError, r"^graph: got True; valid are 'auto', 'on', 'off'"),
