@@ -129,6 +129,12 @@ class Chooser:
         assert engine._rounds is not None
         return engine._rounds
 
+    def accumulating(self) -> None:
+        """Micro-batches run in sequence, and with all threads where nothing else is worth it any more."""
+        if self.choice != "sequential":
+            self._before = 0.0
+            self._sequential("micro-batches are accumulated, which run in sequence")
+
     def explain(self) -> str:
         if self.choice is None:
             return "'auto' is still measuring"

@@ -345,6 +345,8 @@ class Engine:
         """
         call = self._unpack(batch, kwargs)
         self.model._settle()
+        if self._chooser is not None:
+            self._chooser.accumulating()
         if self._pending is None:
             fire(self.model.links, "before_step")
         with self._deterministic(), self._served(), self._threads():

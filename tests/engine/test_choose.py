@@ -140,6 +140,21 @@ def test_a_batch_of_another_shape_begins_anew(monkeypatch: pytest.MonkeyPatch) -
     assert wound.choice == "pipeline", "once made, the choice stays"
 
 
+@pytest.mark.parametrize("before", [0, SEQUENTIAL + 1, TRIED])
+def test_accumulation_is_sequential_with_all_threads(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    wound = Wound(monkeypatch, scheduled=STEP / 2)
+    wound.steps(before)
+    assert wound.running == ("sequential" if not before else "overlap")
+    threads: list[int] = []
+    run_block = wound.run._finish
+    monkeypatch.setattr(wound.run, "_finish", lambda *args: (threads.append(torch.get_num_threads()), run_block(*args)))
+    for _ in range(TRIED):
+        wound.run.accumulate(*data_of("cnn", 1, (4,))[0])
+        wound.steps(1)
+    assert wound.choice == "sequential" == wound.running and set(threads) == {2}
+    assert "micro-batches are accumulated" in wound.run.explain()
+
+
 def test_a_ragged_batch_is_not_timed_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     wound = Wound(monkeypatch, scheduled=STEP / 2)
     for _ in range(TRIED):  # epochs of two batches, the last one smaller
@@ -223,7 +238,7 @@ def test_an_accumulation_in_the_middle_of_a_trial(monkeypatch: pytest.MonkeyPatc
     order += [out.step for out in wound.run.flush()]
     numbers = [n for n in order if n is not None]
     assert numbers == [*range(len(numbers))] and len(numbers) == SEQUENTIAL + WARM_UP + 2 + TRIED
-    assert wound.choice == "pipeline"
+    assert wound.choice == "sequential"
 
 
 def test_where_there_is_nothing_to_choose() -> None:
