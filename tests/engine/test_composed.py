@@ -31,7 +31,7 @@ from fastlocal.engine.composed import (
     pieces_of,
     variants_of,
 )
-from fastlocal.engine.schedule import make_schedule
+from fastlocal.engine.schedule import best_schedule
 from fastlocal.errors import ArgumentError, BackendError
 from tests.csrc.fake_cuda import FakeCuda
 from tests.engine import recorder
@@ -399,7 +399,7 @@ def costs(seed: int) -> Any:
 
     def make(kind: str, step: Any, cost: Any, **options: Any) -> Any:
         rng = random.Random(seed)
-        return make_schedule(kind, step, [rng.choice([1.0, 2.0, 3.0]) for _ in cost], **options | {"by_block": True})
+        return best_schedule(kind, step, [rng.choice([1.0, 2.0, 3.0]) for _ in cost], **options | {"host": False})
 
     return make
 
@@ -434,7 +434,7 @@ class Pair:
 
     def run(self, *data: Any) -> None:
         """With composed rounds only."""
-        with mock.patch("fastlocal.engine.rounds.make_schedule", costs(self._plan)):
+        with mock.patch("fastlocal.engine.rounds.best_schedule", costs(self._plan)):
             self.got.append(self.graph.step(*data))
 
     def check(self) -> None:

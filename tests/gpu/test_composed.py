@@ -16,7 +16,7 @@ from torch import Tensor
 import fastlocal as fl
 from fastlocal import ops
 from fastlocal.engine import _native, composed
-from fastlocal.engine.schedule import make_schedule
+from fastlocal.engine.schedule import best_schedule
 from fastlocal.errors import BackendError
 from tests.engine.baseline import assert_equal
 from tests.gpu.device import DEVICE, MARKS, ON_CUDA, Make, batches, engine, no_sync, resnet, snapshot, vit
@@ -68,7 +68,7 @@ def launches(run: fl.Engine) -> int:
 
 
 def _by_block(*args: Any, **named: Any) -> Any:
-    return make_schedule(*args, **named | {"by_block": True})
+    return best_schedule(*args, **named | {"host": False})
 
 
 def train_both(
@@ -85,7 +85,7 @@ def train_both(
     wanted, got = [], []
     patch: Any = nullcontext()
     if not ON_CUDA:  # a block stays on one stream, as on a device
-        patch = mock.patch("fastlocal.engine.rounds.make_schedule", _by_block)
+        patch = mock.patch("fastlocal.engine.rounds.best_schedule", _by_block)
     with patch:
         for i, (x, y) in enumerate(data):
             for one, outs in ((expected, wanted), (run, got)):
