@@ -38,6 +38,7 @@ from fastlocal.engine.graph import (
     _lendable,
     _look_at,
     _Results,
+    check_device,
     refusal,
 )
 from fastlocal.engine.output import StepOutput
@@ -514,11 +515,7 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def composer(device: torch.device) -> ComposedDevice:
     """Raises BackendError where graphs cannot be composed."""
-    if device.type != "cuda":
-        raise BackendError(
-            f"graph: 'on' needs a CUDA device, the model is on {device.type}; move it there before the Engine is made, or use "
-            "'auto' or 'off'"
-        )
+    check_device(device)
     return CudaComposer(device)
 
 

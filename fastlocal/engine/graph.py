@@ -113,13 +113,18 @@ class CudaGraphs:
         return graph
 
 
-def graph_device(device: torch.device) -> GraphDevice:
+def check_device(device: torch.device) -> None:
     """Raises BackendError where there are no CUDA graphs."""
     if device.type != "cuda":
         raise BackendError(
             f"graph: 'on' needs a CUDA device, the model is on {device.type}; move it there before the Engine is made, or use "
             "'auto' or 'off'"
         )
+
+
+def graph_device(device: torch.device) -> GraphDevice:
+    """Raises BackendError where there are no CUDA graphs."""
+    check_device(device)
     return CudaGraphs(device)
 
 

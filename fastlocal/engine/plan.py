@@ -11,8 +11,8 @@ import copy
 import gc
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -553,13 +553,7 @@ def _plan(
     made: dict[str, Any],
     options: dict[str, Any],
 ) -> Plan:
-    # Real tensors that no module registers, such as a method's constants, are let in.
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
-        _Copies(),
-        _Reads(),
-        torch.random.fork_rng(devices=[]),
-    ):
+    with _no_contents() as fakes:
         net = _fake_model(model, fakes)
         batch = _fake_batch(sample, fakes)
         if isinstance(net, LocalModel):
@@ -579,6 +573,13 @@ def _plan(
         return search.fewest(parse_bytes(budget), rows or given.shape[0], "budget")[1]
 
 
+@contextmanager
+def _no_contents() -> Iterator[FakeTensorMode]:
+    """Tensors have no contents inside. Real ones that no module registers, such as a method's constants, are let in."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, _Copies(), _Reads(), torch.random.fork_rng(devices=[]):
+        yield fakes
+
+
 def _stages(
     model: nn.Module | Callable[[], nn.Module],
     sample: Any,
@@ -589,12 +590,7 @@ def _stages(
     rows: int,
 ) -> Plan:
     """The same network under back-propagation, with the costs of its units."""
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
-        _Copies(),
-        _Reads(),
-        torch.random.fork_rng(devices=[]),
-    ):
+    with _no_contents() as fakes:
         net = _fake_model(model, fakes)
         batch = _fake_batch(sample, fakes)
         if isinstance(net, LocalModel):
@@ -621,12 +617,7 @@ def fewest_blocks(builder: _Builder, budget: int, rows: int | None) -> int:
     Raises ArgumentError where no count fits, or where the network cannot run on tensors without contents.
     """
     made = {"precision": "32-true", "update": "immediate", "memory_format": "preserve"}
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
-        _Copies(),
-        _Reads(),
-        torch.random.fork_rng(devices=[]),
-    ):
+    with _no_contents() as fakes:
         own = copy.copy(builder)
         own.net, own.method = _fake_model(builder.net, fakes), copy.deepcopy(builder.method)
         if isinstance(own.criterion, nn.Module):

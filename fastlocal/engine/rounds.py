@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -401,14 +401,13 @@ def _ranges(numbers: set[int]) -> str:
 # --- lanes ------------------------------------------------------------------------------------------------------------
 
 
-class Lanes:
+class Lanes(Protocol):
     """Runs the jobs of a round; returns when all are done, or raises what one raised."""
 
-    def run(self, schedule: StepSchedule, jobs: list[Callable[[], None] | None]) -> None:
-        raise NotImplementedError
+    def run(self, schedule: StepSchedule, jobs: list[Callable[[], None] | None]) -> None: ...
 
 
-class ThreadLanes(Lanes):
+class ThreadLanes:
     """The calling thread and others take tasks as they become ready, in the order of the schedule.
 
     A task is not held to the stream it was planned for: costs differ from step to step, and no thread idles while
@@ -532,7 +531,7 @@ def _stop(queues: list[queue.SimpleQueue[Any]]) -> None:
         own.put(None)
 
 
-class StreamLanes(Lanes):
+class StreamLanes:
     """CUDA streams, fed by the calling thread; what crosses streams waits for events.
 
     Tensors are handed over inside a round by events, and between rounds by a barrier on the device: every stream waits

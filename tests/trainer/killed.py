@@ -34,6 +34,27 @@ METHODS: dict[str, dict[str, Any]] = {
 EPOCHS, BATCH, SAMPLES = 3, 8, 92  # 12 batches an epoch, the last of four samples
 
 
+class Halt(Exception):
+    pass
+
+
+class Progress:
+    """Raises in a callback once that many batches were given."""
+
+    def __init__(self, at: int):
+        self.at, self.reached = at, -1
+
+    @property
+    def value(self) -> int:
+        return self.reached
+
+    @value.setter
+    def value(self, seen: int) -> None:
+        self.reached = seen
+        if seen >= self.at:
+            raise Halt
+
+
 @dataclass(frozen=True)
 class Case:
     """One run: a method, a precision, and micro-batches an update.

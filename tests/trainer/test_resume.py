@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.killed import METHODS, Case, digest, everything, soak, train
+from tests.trainer.killed import METHODS, Case, Halt, Progress, digest, everything, soak, train
 
 
 @pytest.mark.parametrize(
@@ -16,27 +16,6 @@ from tests.trainer.killed import METHODS, Case, digest, everything, soak, train
 )
 def test_killed_and_resumed(tmp_path: Path, case: Case) -> None:
     assert soak(case, seed=0, kills=3, root=tmp_path) >= 2  # a run may end before its last kill
-
-
-class Halt(Exception):
-    pass
-
-
-class Progress:
-    """Raises at a certain batch, in the middle of a callback."""
-
-    def __init__(self, at: int):
-        self.at, self.reached = at, -1
-
-    @property
-    def value(self) -> int:
-        return self.reached
-
-    @value.setter
-    def value(self, seen: int) -> None:
-        self.reached = seen
-        if seen >= self.at:
-            raise Halt
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -26,7 +26,7 @@ from fastlocal.engine.rounds import Rounds
 from fastlocal.errors import ArgumentError, BackendError, NonFiniteError
 from fastlocal.trainer import Callback, CheckpointStore, LambdaCallback, Logger, PerStep, batch_size
 from fastlocal.trainer import trainer as trainer_module
-from tests.trainer.killed import MIXED, Case, digest, soak, train
+from tests.trainer.killed import MIXED, Case, Halt, Progress, digest, soak, train
 
 MADE = torch.Generator().manual_seed(0)
 PIXELS = torch.randint(256, (46, 3, 4, 4), dtype=torch.uint8, generator=MADE)
@@ -191,27 +191,6 @@ def test_an_average_beside_overlapping_blocks(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- killed, resumed
-
-
-class Halt(Exception):
-    pass
-
-
-class Progress:
-    """Raises in a callback once that many batches were given."""
-
-    def __init__(self, at: int):
-        self.at, self.reached = at, -1
-
-    @property
-    def value(self) -> int:
-        return self.reached
-
-    @value.setter
-    def value(self, seen: int) -> None:
-        self.reached = seen
-        if seen >= self.at:
-            raise Halt
 
 
 @pytest.mark.parametrize(
